@@ -1,0 +1,1 @@
+"""Helpers shared by tests and benches: they start real processes and speak the real protocols."""
