@@ -100,7 +100,7 @@ class HostPool:
     def __init__(
         self, mapping: mmap.mmap, layout: KVLayout, num_blocks: int, fd: int, writable: bool
     ) -> None:
-        """Use `create` or `attach`. The views below keep `mapping` alive. Takes ownership of `fd`, unless -1."""
+        """Use `create` or `attach`. The views keep `mapping` alive. Owns `fd` from now on, unless -1."""
         table, pages, _ = _offsets(layout, num_blocks)
         self._layout = layout
         self._num_blocks = num_blocks

@@ -46,6 +46,10 @@ class _TransferErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tra
     TRANSFER_ERROR_CODE_CHECKSUM: _TransferErrorCode.ValueType  # 7
     TRANSFER_ERROR_CODE_DEADLINE: _TransferErrorCode.ValueType  # 8
     TRANSFER_ERROR_CODE_INTERNAL: _TransferErrorCode.ValueType  # 9
+    TRANSFER_ERROR_CODE_BUSY: _TransferErrorCode.ValueType  # 10
+    """another receiver has it, or a bound is reached"""
+    TRANSFER_ERROR_CODE_STALE_POOL: _TransferErrorCode.ValueType  # 11
+    """the sender has another pool now: shake hands again"""
 
 class TransferErrorCode(_TransferErrorCode, metaclass=_TransferErrorCodeEnumTypeWrapper): ...
 
@@ -59,6 +63,10 @@ TRANSFER_ERROR_CODE_PEER_LOST: TransferErrorCode.ValueType  # 6
 TRANSFER_ERROR_CODE_CHECKSUM: TransferErrorCode.ValueType  # 7
 TRANSFER_ERROR_CODE_DEADLINE: TransferErrorCode.ValueType  # 8
 TRANSFER_ERROR_CODE_INTERNAL: TransferErrorCode.ValueType  # 9
+TRANSFER_ERROR_CODE_BUSY: TransferErrorCode.ValueType  # 10
+"""another receiver has it, or a bound is reached"""
+TRANSFER_ERROR_CODE_STALE_POOL: TransferErrorCode.ValueType  # 11
+"""the sender has another pool now: shake hands again"""
 Global___TransferErrorCode: _TypeAlias = TransferErrorCode  # noqa: Y015
 
 @_typing.final
@@ -177,12 +185,15 @@ class HandshakeResponse(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     HOST_IDENTITY_FIELD_NUMBER: _builtins.int
     SHM_SOCKET_FIELD_NUMBER: _builtins.int
+    POOL_ID_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     num_blocks: _builtins.int
     host_identity: _builtins.str
     shm_socket: _builtins.str
     """unix socket that passes the pool's descriptor; "" = none"""
+    pool_id: _builtins.str
+    """another after a reload: mappings and handshakes are for one pool"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     def __init__(
@@ -194,10 +205,11 @@ class HandshakeResponse(_message.Message):
         num_blocks: _builtins.int = ...,
         host_identity: _builtins.str = ...,
         shm_socket: _builtins.str = ...,
+        pool_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_identity", b"host_identity", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "shm_socket", b"shm_socket", "te_id", b"te_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_identity", b"host_identity", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "pool_id", b"pool_id", "shm_socket", b"shm_socket", "te_id", b"te_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,18 +245,22 @@ class WatchRequest(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     RECEIVER_FIELD_NUMBER: _builtins.int
+    POOL_ID_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     receiver: _builtins.str
     """te_id/incarnation of the puller: a transfer has one"""
+    pool_id: _builtins.str
+    """of the handshake; another pool's watch fails with STALE_POOL"""
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         receiver: _builtins.str = ...,
+        pool_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["receiver", b"receiver", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "receiver", b"receiver", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,51 @@
+"""Prometheus metrics of transfers, prefix `deepflow_kv_`. One set per process, in the default registry."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+TRANSFERS = Counter(
+    "deepflow_kv_transfers_total",
+    "Pulls that ended at this receiver, by transport and outcome (ok, cancelled, or an error code).",
+    ("transport", "outcome"),
+)
+BYTES = Counter("deepflow_kv_bytes_total", "KV bytes copied into this pool.", ("transport",))
+SECONDS = Histogram(
+    "deepflow_kv_transfer_seconds",
+    "Time of a successful pull, from the call until all KV is in place (waiting for prefill included).",
+    ("transport",),
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120),
+)
+COPY_SECONDS = Histogram(
+    "deepflow_kv_copy_seconds",
+    "Time of one pull spent copying.",
+    ("transport",),
+    buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+)
+MOVES = Histogram(
+    "deepflow_kv_moves_per_transfer",
+    "Contiguous copies of one pull (FlowKV's calls per request).",
+    ("transport",),
+    buckets=(0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 100, 200, 500, 1000),
+)
+INFLIGHT_BYTES = Gauge("deepflow_kv_inflight_bytes", "Bytes of copies that run now at this receiver.")
+ACTIVE_PULLS = Gauge("deepflow_kv_active_pulls", "Pulls in progress at this receiver.")
+WAITING_PULLS = Gauge("deepflow_kv_waiting_pulls", "Pulls that wait for a slot at this receiver.")
+FALLBACKS = Counter(
+    "deepflow_kv_shm_fallbacks_total",
+    "Peers on this host that are read over gRPC because their pool could not be mapped.",
+    ("reason",),
+)
+PEERS = Gauge("deepflow_kv_peers", "Peers with a cached channel (and mapping) at this receiver.")
+
+ACTIVE_LEASES = Gauge("deepflow_kv_active_leases", "Transfers on offer at this sender that have not ended.")
+RELEASED = Counter(
+    "deepflow_kv_released_total",
+    "Transfers that ended at this sender (acked, aborted, expired, withdrawn).",
+    ("outcome",),
+)
+READ_BYTES = Counter("deepflow_kv_read_bytes_total", "KV bytes sent over gRPC by this sender.")
+ACTIVE_READS = Gauge("deepflow_kv_active_reads", "Read streams this sender serves now.")
+REFUSED = Counter(
+    "deepflow_kv_refused_total", "Calls this sender refused because a bound was reached.", ("what",)
+)
