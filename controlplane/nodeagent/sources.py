@@ -6,8 +6,10 @@ Concurrent fetches of one URI, in whatever processes, do the work once. A torn d
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -177,12 +179,12 @@ def _check_digest(source: ModelURI, manifest: Manifest) -> None:
 
 
 def _tree_bytes(path: Path) -> int:
+    """Bytes under a folder that a downloader may be changing meanwhile: what vanishes counts nothing."""
     total = 0
-    for found in path.rglob("*"):
-        try:
-            total += found.stat().st_size if found.is_file() else 0
-        except OSError:
-            continue  # renamed or removed by the downloader meanwhile
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
     return total
 
 

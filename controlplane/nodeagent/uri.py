@@ -96,9 +96,11 @@ def parse_uri(uri: str) -> ModelURI:
 
 
 def _parse_bare(uri: str, text: str, sha256: str) -> ModelURI:
-    path = Path(text).expanduser()
-    if text and path.exists():
-        full = str(path.resolve())
+    try:
+        full = str(Path(text).expanduser().resolve(strict=True)) if text else ""
+    except (OSError, ValueError, RuntimeError):  # absent, no path at all, unknown ~user
+        full = ""
+    if full:
         return ModelURI(text=f"file://{full}", scheme="file", name=full, sha256=sha256)
     raise SourceError(
         SourceFault.BAD_URI, uri, "neither an existing path nor a URI (file://, hf://, pypi://)"
