@@ -1,1 +1,17 @@
-""""""
+"""RTC, the relational tensor cache (DeepServe section 4.3): blocks, indexes, tiers.
+
+| module    | what it owns                                                         |
+|-----------|----------------------------------------------------------------------|
+| cache     | `RTC`: the paper's API; references, eviction, audit                   |
+| allocator | the free list, kept as long runs                                     |
+| index     | identity -> block (the radix tree over blocks), context id -> blocks |
+| host      | pages of evicted blocks in host memory                               |
+| events    | the numbered log of what became reusable and what did not stay so    |
+
+Used by `flowserve.engine` on its thread; knows nothing of sequences or devices.
+"""
+
+from flowserve.rtc.cache import RTC, AuditReport, PopulateState, PrefixMatch
+from flowserve.rtc.events import CacheChanges
+
+__all__ = ["RTC", "AuditReport", "CacheChanges", "PopulateState", "PrefixMatch"]

@@ -1,0 +1,421 @@
+"""RTC, the relational tensor cache: who holds which KV block, and what preserved KV can be reused.
+
+The master side of DeepServe section 4.3, under the paper's API names. The engine's step loop is the
+only caller and the only thread (`flowserve.engine`); properties that return one number may be read
+from anywhere. Block contents are touched only through the pool (`BlockStore`) and only to move
+pages between the device and the host tier.
+
+A block is in exactly one state:
+
+    free        on the allocator's list
+    held        referenced by sequences, transfers or a population; maybe indexed too
+    idle        indexed, referenced by nobody: reusable, and evicted when blocks run short
+
+Preserved KV is soft state: it may vanish whenever nobody refers to it, and is recomputed then.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from flowserve.rtc.allocator import BlockAllocator
+from flowserve.rtc.events import CacheChanges, ChangeLog
+from flowserve.rtc.host import HostTier, Page
+from flowserve.rtc.index import ContextIndex, PrefixIndex
+from kvtransfer.blockhash import block_hashes, chain_seed
+from kvtransfer.pool import BlockStore
+
+MAX_CONTEXTS = 1024
+"""Explicit context ids kept (ours): an entry is 16 bytes per block, so this bounds tens of MB."""
+
+CONTEXT_TTL_SECONDS = 3600.0
+"""Life of a context id without another `remember` (ours)."""
+
+
+class PopulateState(enum.Enum):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """Preserved KV of a prefix: for each full block its identity and either a device block or a page.
+
+    Holds no references. Device blocks stay valid until the next allocation; pages stay readable.
+    """
+
+    identities: tuple[bytes, ...] = ()
+    blocks: tuple[int | None, ...] = ()  # None: in the host tier only
+    pages: tuple[Page | None, ...] = ()  # the host page where the block is None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether nothing needs to be populated."""
+        return None not in self.blocks
+
+    def first(self, count: int) -> PrefixMatch:
+        """The match cut to its first `count` blocks."""
+        if count >= len(self.blocks):
+            return self
+        return PrefixMatch(self.identities[:count], self.blocks[:count], self.pages[:count])
+
+    def device_prefix(self) -> PrefixMatch:
+        """The match cut before the first block that is not on the device."""
+        return self if self.on_device else self.first(self.blocks.index(None))
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """`leaked`: held by nobody who answers for them; `missing`: used by someone without a reference."""
+
+    leaked: list[int]
+    missing: list[int]
+
+
+@dataclass(slots=True)
+class _Population:
+    blocks: list[int]
+    identities: list[bytes]
+    future: Future[None]
+    abandoned: bool = False
+
+
+class RTC:
+    """Block table, prefix and id index, device and host tier of one pool."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        *,
+        host_bytes: int = 0,
+        max_contexts: int = MAX_CONTEXTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`host_bytes` bounds the host tier; 0 = evicted blocks are dropped."""
+        self.store = store
+        self.block_tokens = store.layout.block_tokens
+        self._revision = store.layout.model_revision
+        self._allocator = BlockAllocator(store.num_blocks)
+        self._refs = [0] * store.num_blocks
+        self._index = PrefixIndex()
+        self._idle: OrderedDict[int, None] = OrderedDict()  # next to evict first
+        self._host = HostTier(host_bytes)
+        self._contexts = ContextIndex(max_contexts, clock)
+        self._changes = ChangeLog()
+        self._populations: dict[int, _Population] = {}
+        self._next_ticket = 1
+        self._copier: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    # -- numbers ---------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        return self.store.num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks an allocation can get: free now, or idle."""
+        return self._allocator.free + len(self._idle)
+
+    @property
+    def idle_blocks(self) -> int:
+        """Reusable and referenced by nobody."""
+        return len(self._idle)
+
+    @property
+    def held_blocks(self) -> int:
+        return self.num_blocks - self.free_blocks
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host.used_bytes
+
+    @property
+    def populating(self) -> int:
+        """Populations under way."""
+        return len(self._populations)
+
+    def available(self, match: PrefixMatch) -> int:
+        """Blocks an allocation could add to `match` (whose idle blocks are then no longer evictable)."""
+        return self.free_blocks - sum(1 for block in match.blocks if block in self._idle)
+
+    # -- match -----------------------------------------------------------------------------------
+
+    def identities(
+        self, tokens: Sequence[int], *, adapter_id: str = "", salt: bytes = b"", parent: bytes | None = None
+    ) -> list[bytes]:
+        """Identities of the full blocks of `tokens`; `parent` continues the chain of the block before."""
+        if parent is None:
+            parent = chain_seed(self._revision, adapter_id, salt)
+        return block_hashes(tokens, parent, self.block_tokens)
+
+    def match_by_prefix_token(
+        self, tokens: Sequence[int], *, adapter_id: str = "", salt: bytes = b""
+    ) -> PrefixMatch:
+        """The longest preserved prefix of `tokens`, in full blocks. Changes nothing but recency."""
+        return self.match_identities(self.identities(tokens, adapter_id=adapter_id, salt=salt))
+
+    def match_by_id(self, context_id: str, *, salt: bytes = b"") -> PrefixMatch:
+        """What is still preserved of the context that `remember` stored under this id and salt."""
+        return self.match_identities(self._contexts.get(salt, context_id))
+
+    def match_identities(self, identities: Sequence[bytes]) -> PrefixMatch:
+        """As `match_by_prefix_token`, for a caller that keeps the chain of its sequence."""
+        blocks: list[int | None] = []
+        pages: list[Page | None] = []
+        for identity in identities:
+            block = self._index.block(identity)
+            page = self._host.get(identity) if block is None else None
+            if block is None and page is None:
+                break
+            blocks.append(block)
+            pages.append(page)
+        return PrefixMatch(tuple(identities[: len(blocks)]), tuple(blocks), tuple(pages))
+
+    def remember(
+        self,
+        context_id: str,
+        tokens: Sequence[int],
+        *,
+        adapter_id: str = "",
+        salt: bytes = b"",
+        ttl_seconds: float = CONTEXT_TTL_SECONDS,
+    ) -> int:
+        """Gives the full blocks of `tokens` an id (context caching). Returns their number; pins nothing."""
+        identities = self.identities(tokens, adapter_id=adapter_id, salt=salt)[: self.num_blocks]
+        self._contexts.put(salt, context_id, identities, ttl_seconds)
+        return len(identities)
+
+    def forget(self, context_id: str, *, salt: bytes = b"") -> bool:
+        return self._contexts.remove(salt, context_id)
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    def alloc_blocks(self, count: int, match: PrefixMatch | None = None) -> list[int] | None:
+        """A block table: the blocks of `match`, then `count` new ones, one reference on each.
+
+        Where `match` has a page instead of a block, the table gets a new block for `populate`.
+        Returns None, and changes nothing, where blocks do not suffice. Raises ValueError for a match
+        that an earlier allocation made stale.
+        """
+        match = match or PrefixMatch()
+        for identity, block in zip(match.identities, match.blocks, strict=True):
+            if block is not None and self._index.block(identity) != block:
+                raise ValueError(f"match is stale: block {block} was reused")
+        count += sum(1 for block in match.blocks if block is None)
+        if count > self.available(match):
+            return None
+        for block in match.blocks:
+            if block is not None:
+                self._refer(block)
+        fresh = iter(self._take(count))
+        return [next(fresh) if block is None else block for block in match.blocks] + list(fresh)
+
+    def append_block(self, table: Sequence[int]) -> int | None:
+        """A block to grow `table` by (next to its last one if that is free); None if there is none."""
+        if self.free_blocks < 1:
+            return None
+        if self._allocator.free < 1:
+            self._evict()
+        block = self._allocator.take_after(table[-1] if table else -1)
+        if block is None:
+            raise AssertionError("an evicted block is free")
+        self._refs[block] = 1
+        self.store.bump(block)
+        return block
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Drops one reference on each block of a table (in the table's order).
+
+        Indexed blocks become idle, the table's last one first in line for eviction, because what
+        follows a missing block cannot be matched. Raises ValueError for a block nobody refers to.
+        """
+        for block in reversed(blocks):
+            if self._refs[block] < 1:
+                raise ValueError(f"block {block} is freed but not referenced")
+            self._refs[block] -= 1
+            if self._refs[block] > 0:
+                continue
+            if self._index.identity(block) is not None:
+                self._idle[block] = None
+            else:
+                self._release(block)
+
+    def commit(self, block: int, identity: bytes) -> bool:
+        """`block` is full and computed: from now on it can be matched by `identity`.
+
+        False where another block has this identity already (the caller's stays private) or where
+        the block has one. The caller refers to the block.
+        """
+        if self._refs[block] < 1:
+            raise ValueError(f"block {block} is committed but not referenced")
+        if identity in self._index or self._index.identity(block) is not None:
+            return False
+        if identity not in self._host:
+            self._changes.stored(identity)
+        self._index.add(identity, block)
+        return True
+
+    # -- tiers -----------------------------------------------------------------------------------
+
+    def copy(self, blocks: Iterable[int]) -> int:
+        """Copies indexed blocks to the host tier ahead of eviction. Returns how many it holds now."""
+        held = 0
+        for block in blocks:
+            identity = self._index.identity(block)
+            if identity is not None and self._keep_on_host(identity, block):
+                held += 1
+        return held
+
+    def populate(self, match: PrefixMatch, table: Sequence[int], notify: Callable[[], None]) -> int:
+        """Starts to write the pages of `match` into the blocks `alloc_blocks` put in their place.
+
+        Returns a ticket for `query_populate`. `notify` is called on the copying thread at the end.
+        The blocks hold a reference of the population itself, so the caller may free its table at any
+        time: nothing else gets a block that is still being written.
+        """
+        moves = [
+            (identity, table[index], page)
+            for index, (identity, page) in enumerate(zip(match.identities, match.pages, strict=True))
+            if page is not None
+        ]
+        for _, block, _ in moves:
+            self._refer(block)
+        if self._copier is None:
+            self._copier = ThreadPoolExecutor(1, thread_name_prefix="rtc-populate")
+        future = self._copier.submit(self._write, [(block, page) for _, block, page in moves])
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._populations[ticket] = _Population(
+            [block for _, block, _ in moves], [identity for identity, _, _ in moves], future
+        )
+        future.add_done_callback(lambda _: notify())
+        return ticket
+
+    def query_populate(self, ticket: int) -> PopulateState:
+        """DONE and FAILED are told once; then the ticket is forgotten."""
+        population = self._populations[ticket]
+        if not population.future.done():
+            return PopulateState.PENDING
+        del self._populations[ticket]
+        failed = population.future.cancelled() or population.future.exception() is not None
+        if not failed:
+            for block, identity in zip(population.blocks, population.identities, strict=True):
+                self.commit(block, identity)
+        self.free(population.blocks)
+        return PopulateState.FAILED if failed else PopulateState.DONE
+
+    def abandon_populate(self, ticket: int) -> None:
+        """Nobody will ask for this ticket again; `collect` ends it."""
+        population = self._populations.get(ticket)
+        if population is not None:
+            population.abandoned = True
+            population.future.cancel()
+
+    def collect(self) -> None:
+        """Ends abandoned populations. Call once per step."""
+        for ticket in [ticket for ticket, population in self._populations.items() if population.abandoned]:
+            self.query_populate(ticket)
+
+    def clear(self) -> None:
+        """Forgets all preserved KV that nobody refers to, in every tier."""
+        while self._idle:
+            self._drop_index(next(iter(self._idle)), keep=False)
+        for identity in list(self._host):
+            self._host.drop(identity)
+            if identity not in self._index:
+                self._changes.removed(identity)
+
+    def close(self) -> None:
+        """Ends the copying thread; blocks until a running copy is done."""
+        if self._copier is not None and not self._closed:
+            self._copier.shutdown(wait=True, cancel_futures=True)
+        self._closed = True
+
+    # -- events and audit ------------------------------------------------------------------------
+
+    def take_changes(self) -> CacheChanges | None:
+        """The changes since the last call, numbered without a gap."""
+        return self._changes.flush()
+
+    def snapshot(self) -> tuple[int, list[bytes]]:
+        """(number of the next change, every identity that can be matched in any tier).
+
+        Changes not yet taken are in the list already; applying them again changes nothing.
+        """
+        stored = list(self._index) + [identity for identity in self._host if identity not in self._index]
+        return self._changes.next_sequence, stored
+
+    def audit(self, expected_refs: Iterable[int]) -> AuditReport:
+        """Compares references with `expected_refs`: every block as often as someone answers for it."""
+        expected = Counter(expected_refs)
+        for population in self._populations.values():
+            expected.update(population.blocks)
+        leaked = [block for block, refs in enumerate(self._refs) if refs > expected[block]]
+        missing = [block for block, refs in enumerate(self._refs) if refs < expected[block]]
+        held = sum(1 for refs in self._refs if refs > 0)
+        if held + self.free_blocks != self.num_blocks:  # a block in no state at all
+            free = {start + i for start, length in self._allocator.runs() for i in range(length)}
+            lost = [
+                b for b, refs in enumerate(self._refs) if refs == 0 and b not in free and b not in self._idle
+            ]
+            leaked.extend(lost)
+        return AuditReport(leaked, missing)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _write(self, moves: list[tuple[int, Page]]) -> None:
+        for block, page in moves:
+            self.store.store(block, page)
+
+    def _refer(self, block: int) -> None:
+        self._idle.pop(block, None)
+        self._refs[block] += 1
+
+    def _take(self, count: int) -> list[int]:
+        while self._allocator.free < count:
+            self._evict()
+        blocks = self._allocator.take(count)
+        if blocks is None:
+            raise AssertionError("enough blocks were made free")
+        for block in blocks:
+            self._refs[block] = 1
+            self.store.bump(block)
+        return blocks
+
+    def _evict(self) -> None:
+        self._drop_index(next(iter(self._idle)), keep=True)
+
+    def _drop_index(self, block: int, keep: bool) -> None:
+        """An idle block becomes free; with `keep` its page goes to the host tier, if there is one."""
+        del self._idle[block]
+        identity = self._index.remove(block)
+        if keep:
+            self._keep_on_host(identity, block)
+        if identity not in self._host:
+            self._changes.removed(identity)
+        self._release(block)
+
+    def _keep_on_host(self, identity: bytes, block: int) -> bool:
+        if self._host.get(identity) is not None:
+            return True
+        if not self._host.takes(self.store.layout.block_bytes):
+            return False
+        for dropped in self._host.put(identity, self.store.load(block, 1)):
+            if dropped not in self._index:
+                self._changes.removed(dropped)
+        return True
+
+    def _release(self, block: int) -> None:
+        self.store.bump(block)
+        self._allocator.give((block,))
