@@ -1,0 +1,81 @@
+"""Templates and tokenizers, off the event loop: a bounded number of threads, calls and seconds.
+
+`tokenizers` releases the interpreter lock in its batch calls (not in `encode`), so they are used for single
+texts too: the loop goes on streaming while a long prompt is encoded (measured: a 160,000-token text leaves
+the loop its turns).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from tokenizers import Tokenizer
+
+from controlplane.api.errors import ApiError, context_length_exceeded
+from controlplane.gateway import metrics
+from controlplane.gateway.settings import GatewaySettings
+
+T = TypeVar("T")
+
+
+class TokenizerPool:
+    """Runs short blocking calls in its threads. Own one per process; `close` it."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._calls = 0
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """The call's answer. Raises ApiError 429 (too many calls wait) or 504 (the deadline passed).
+
+        A call that overstays keeps its thread until it ends (a thread cannot be stopped); that is why the
+        size of what is encoded is bounded before.
+        """
+        if self._calls >= self._settings.tokenizer_waiting:
+            metrics.LIMITED.labels("tokenizer").inc()
+            raise ApiError(429, "Too many prompts wait to be tokenized.", code="queue_full", retry_after=1)
+        self._calls += 1
+        metrics.TOKENIZER_WAITING.inc()
+        future = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        future.add_done_callback(self._done)
+        try:
+            async with asyncio.timeout(self._settings.tokenize_seconds):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            future.cancel()  # if it has not begun
+            raise ApiError(
+                504, "The prompt could not be tokenized in time.", code="deadline_exceeded"
+            ) from None
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+
+    def _done(self, future: asyncio.Future[T]) -> None:
+        self._calls -= 1
+        metrics.TOKENIZER_WAITING.dec()
+        if not future.cancelled():
+            future.exception()  # seen: the waiter may have left
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def encode(tokenizer: Tokenizer, text: str, *, special: bool, longest: int, limit: int | None) -> list[int]:
+    """The ids of `text`. Runs in a tokenizer thread.
+
+    `longest`: bytes of the vocabulary's longest token. With `limit` (the context length) a text that
+    cannot fit, because even tokens of that size would be too many, is refused unencoded.
+    """
+    if limit is not None and len(text) > limit:
+        at_least = -(-len(text.encode("utf-8", "surrogatepass")) // longest)
+        if at_least > limit:
+            raise context_length_exceeded(limit, at_least, 0, at_least=True)
+    try:
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+    except UnicodeEncodeError as error:
+        raise ApiError(400, f"The text is not valid Unicode: {error.reason}.", param="prompt") from None
+    return ids
