@@ -259,18 +259,19 @@ class Sender:
                 self._wakes.pop(transfer_id, None)
 
     def check_read(
-        self, transfer_id: str, receiver: str, runs: Iterable[Run], generations: Sequence[int]
+        self, transfer_id: str, receiver: str, runs: Sequence[Run], generations: Sequence[int]
     ) -> BlockStore:
         """The store to read `runs` from. Only announced blocks may be read, in the announced generation.
 
         Raises TransferError otherwise.
         """
         transfer = self._access(transfer_id, receiver)
-        blocks = blocks_of(runs)
+        sized = sum(run.count for run in runs) == len(generations)  # before runs are spelled out
+        blocks = blocks_of(runs) if sized else []
         with self._lock:
             announced = [transfer.generations.get(block) for block in blocks]
             store = self._store
-        if store is None or None in announced or len(generations) != len(blocks):
+        if store is None or not sized or None in announced:
             raise TransferError(
                 TransferErrorCode.ABORTED,
                 f"transfer {transfer_id}: blocks were asked for that it does not have",

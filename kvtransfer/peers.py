@@ -1,0 +1,204 @@
+"""The receiver's cache of peers: a channel, a handshake and, on one host, a mapped pool for each.
+
+Keyed by (te_id, incarnation): a restarted executor is another peer. Bounded; a peer in use is never
+evicted, and the number of peers in use is bounded by the receiver's concurrent pulls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+from deepflow.v1 import kvtransfer_pb2 as pb
+from deepflow.v1 import kvtransfer_pb2_grpc as pb_grpc
+
+from kvtransfer import metrics
+from kvtransfer.channel import open_channel
+from kvtransfer.errors import TransferError, TransferErrorCode, error_of
+from kvtransfer.layout import KVLayout, LayoutMismatch
+from kvtransfer.pool import HostPool, PoolError
+from kvtransfer.shm import ShmUnavailable, request_pool
+
+logger = logging.getLogger(__name__)
+
+MAX_PEERS = 64
+"""Peers kept when idle: above the size of any TE group planned so far (ours)."""
+
+READ_METHOD = "/deepflow.v1.KVTransfer/Read"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEnd:
+    """What this executor says of itself in a handshake."""
+
+    te_id: str
+    incarnation: str
+    layout: KVLayout
+    metadata: tuple[tuple[str, str], ...]
+    token: str
+    host_identity: str
+    shm_dir: Path | None
+    transports: str  # "auto" | "grpc" | "shm"
+
+    @property
+    def receiver(self) -> str:
+        return f"{self.te_id}/{self.incarnation}"
+
+
+class Peer:
+    """One executor to pull from. Use through `PeerCache.borrow`."""
+
+    def __init__(self, address: str, te_id: str, incarnation: str) -> None:
+        self.address = address
+        self.te_id = te_id
+        self.incarnation = incarnation
+        self.users = 0
+        self.dropped = False
+        self.channel = open_channel(address)
+        self.stub = pb_grpc.KVTransferStub(self.channel)
+        self.read: grpc.aio.UnaryStreamMultiCallable[pb.ReadRequest, bytes] = self.channel.unary_stream(
+            READ_METHOD, request_serializer=pb.ReadRequest.SerializeToString
+        )
+        self._lock = asyncio.Lock()
+        self._handshake: pb.HandshakeResponse | None = None
+        self._layout: KVLayout | None = None
+        self.mapping: HostPool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.te_id}/{self.incarnation} at {self.address}"
+
+    async def connect(self, local: LocalEnd, timeout: float) -> pb.HandshakeResponse:
+        """Shakes hands once, and maps the pool where both ends can. Raises TransferError."""
+        async with self._lock:
+            if self._handshake is not None and self._layout == local.layout:
+                return self._handshake
+            self.forget()
+            request = pb.HandshakeRequest(
+                te_id=local.te_id,
+                incarnation=local.incarnation,
+                layout=local.layout.to_proto(),
+                host_identity=local.host_identity,
+            )
+            try:
+                answer = await self.stub.Handshake(request, metadata=local.metadata, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                raise error_of(error, f"handshake with {self}") from error
+            if (answer.te_id, answer.incarnation) != (self.te_id, self.incarnation):
+                raise TransferError(
+                    TransferErrorCode.PEER_LOST,
+                    f"{self} is gone: {answer.te_id}/{answer.incarnation} answers there",
+                )
+            try:
+                local.layout.check_compatible(KVLayout.from_proto(answer.layout))
+            except LayoutMismatch as mismatch:
+                raise TransferError(TransferErrorCode.LAYOUT_MISMATCH, mismatch.reason) from mismatch
+            self.mapping = await self._map(local, answer)
+            self._handshake, self._layout = answer, local.layout
+            logger.info("peer %s: transport %s", self, "shm" if self.mapping else "grpc")
+            return answer
+
+    def forget(self) -> None:
+        """The next `connect` shakes hands anew."""
+        self._handshake = None
+        self.mapping = None  # freed with its last reference: a pull may still copy out of it
+
+    async def close(self) -> None:
+        self.forget()
+        await self.channel.close()
+
+    async def _map(self, local: LocalEnd, answer: pb.HandshakeResponse) -> HostPool | None:
+        """The peer's pool, or None where gRPC is to be used. Raises TransferError if only shm may be."""
+        if local.transports == "grpc":
+            return None
+        try:
+            if local.shm_dir is None or not local.host_identity or not answer.shm_socket:
+                raise ShmUnavailable("host", "no socket folder is shared with this peer")
+            # The peer's folder may be mounted elsewhere here: only the name is taken from it.
+            path = local.shm_dir / Path(answer.shm_socket).name
+            passed = await request_pool(path, self.incarnation, local.token)
+            try:
+                if passed.pool_id != answer.pool_id:
+                    raise ShmUnavailable("reloaded", "the pool was replaced during the handshake")
+                return HostPool.attach(passed.fd, local.layout, passed.num_blocks)
+            finally:
+                os.close(passed.fd)
+        except (ShmUnavailable, PoolError) as error:
+            reason = error.reason if isinstance(error, ShmUnavailable) else "pool"
+            if local.transports == "shm":
+                raise TransferError(
+                    TransferErrorCode.INTERNAL, f"{self}: shared memory is demanded but: {error}"
+                ) from error
+            if reason == "host":
+                logger.info("peer %s: gRPC is used: %s", self, error)
+            else:
+                logger.warning("peer %s: gRPC is used though it is on this host: %s", self, error)
+                metrics.FALLBACKS.labels(reason).inc()
+            return None
+
+
+class PeerCache:
+    """Least recently used peers beyond `max_peers` are closed once idle."""
+
+    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+        self._max_peers = max_peers
+        self._peers: OrderedDict[tuple[str, str, str], Peer] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    @contextlib.asynccontextmanager
+    async def borrow(self, address: str, te_id: str, incarnation: str) -> AsyncIterator[Peer]:
+        """The peer, kept open for the time of the context. Does not connect."""
+        key = (te_id, incarnation, address)
+        if key not in self._peers:
+            for other in [k for k in self._peers if k[0] == te_id and k[1] != incarnation]:
+                await self._drop(other)  # an older life of the same executor
+        if (peer := self._peers.get(key)) is None:  # looked at again: another pull may have made it
+            peer = self._peers[key] = Peer(address, te_id, incarnation)
+        self._peers.move_to_end(key)
+        self.hold(peer)
+        await self._evict()
+        metrics.PEERS.set(len(self._peers))
+        try:
+            yield peer
+        finally:
+            await self.give_back(peer)
+
+    def hold(self, peer: Peer) -> None:
+        """Keeps the peer's channel open until `give_back`."""
+        peer.users += 1
+
+    async def give_back(self, peer: Peer) -> None:
+        peer.users -= 1
+        if peer.dropped and peer.users == 0:
+            await peer.close()
+
+    async def drop(self, peer: Peer) -> None:
+        """The peer was lost: the next pull from it makes a new channel."""
+        key = (peer.te_id, peer.incarnation, peer.address)
+        if self._peers.get(key) is peer:
+            await self._drop(key)
+
+    async def close(self) -> None:
+        for key in list(self._peers):
+            await self._drop(key)
+
+    async def _drop(self, key: tuple[str, str, str]) -> None:
+        peer = self._peers.pop(key, None)
+        metrics.PEERS.set(len(self._peers))
+        if peer is not None:
+            peer.dropped = True
+            if peer.users == 0:
+                await peer.close()
+
+    async def _evict(self) -> None:
+        idle = [key for key, peer in self._peers.items() if peer.users == 0]
+        for key in idle[: max(0, len(self._peers) - self._max_peers)]:
+            await self._drop(key)

@@ -1,0 +1,424 @@
+"""The receiver: pulls the KV of a transfer into blocks of its own pool.
+
+The TE-shell calls `Receiver.pull` once per decode task, with every destination block reserved. A
+pull follows the sender's announcements, copies each chunk while the next is computed, renews the
+lease, and tells the sender how it ended: exactly one Finish per pull, whatever happened.
+
+After `pull` returned or raised, nothing writes to the destination blocks any more (quarantine), so
+they may be freed at once. Failures are typed (`TransferError`) and come within the deadline, and
+within `peer_timeout` of a peer's death or hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import grpc.aio
+from deepflow.v1 import kvtransfer_pb2 as pb
+
+from kvtransfer import metrics
+from kvtransfer.auth import call_metadata
+from kvtransfer.errors import TransferError, TransferErrorCode, code_of, error_of
+from kvtransfer.peers import MAX_PEERS, LocalEnd, Peer, PeerCache
+from kvtransfer.pool import BlockStore
+from kvtransfer.runs import Run, align, blocks_of
+from kvtransfer.sender import DEFAULT_LEASE_SECONDS
+from kvtransfer.shm import host_identity
+from kvtransfer.transports import GrpcTransport, ShmTransport, Transport
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PULL_SECONDS = 120.0
+"""Bound of a pull that was given no deadline (ours): a long prompt's prefill and its transfer."""
+DEFAULT_PEER_TIMEOUT = 10.0
+"""A peer that answers no heartbeat for so long is lost (ours; gRPC's keepalive notices as soon)."""
+FINISH_SECONDS = 5.0
+"""Bound of the best-effort Finish; a lost one is made up for by the lease."""
+MAX_PULLS = 64
+"""Pulls at once, the engine's default of running tasks; most of them wait for a prefill."""
+MAX_WAITING = 256
+"""Pulls that wait for a slot, the engine's default bound of tasks."""
+COPY_THREADS = 2
+"""One core copies about 10 GB/s, a socket's worth of memory bandwidth is reached with few (ours)."""
+
+Transports = Literal["auto", "grpc", "shm"]
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """`bytes` copied in `moves` contiguous copies; `seconds` from the call until all KV was in place."""
+
+    bytes: int
+    moves: int
+    transport: str  # "shm" | "grpc"
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Pull:
+    """State of one pull while it runs."""
+
+    transfer_id: str
+    dst_blocks: Sequence[int]
+    length: int
+    first: int  # blocks before it are in place already
+    needed: int  # blocks that hold `length` tokens
+    deadline: float  # on the receiver's clock
+    moves: int = 0
+    bytes: int = 0
+    copy_seconds: float = 0.0
+    in_place: set[int] = field(default_factory=set)
+    transport: str = "none"
+
+
+class Receiver:
+    """Pulls into one pool. All methods on one asyncio loop."""
+
+    def __init__(
+        self,
+        store: BlockStore | None,
+        te_id: str,
+        incarnation: str,
+        *,
+        token: str,
+        transports: Transports = "auto",
+        shm_dir: Path | None = None,
+        peer_timeout: float = DEFAULT_PEER_TIMEOUT,
+        lease_seconds: float = DEFAULT_LEASE_SECONDS,
+        checksum: bool = False,
+        max_pulls: int = MAX_PULLS,
+        max_waiting: int = MAX_WAITING,
+        max_peers: int = MAX_PEERS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` is the one that deadlines of `pull` are on, in seconds. `checksum` guards gRPC reads."""
+        self.te_id = te_id
+        self.incarnation = incarnation
+        self._store = store
+        self._token = token
+        self._metadata = call_metadata(token)
+        self._transports = transports
+        self._shm_dir = shm_dir
+        self._peer_timeout = peer_timeout
+        self._heartbeat = min(lease_seconds / 3, peer_timeout / 2)
+        self._checksum = checksum
+        self._clock = clock
+        self._slots = asyncio.Semaphore(max_pulls)
+        self._max_waiting = max_waiting
+        self._waiting = 0
+        self._peers = PeerCache(max_peers)
+        self._pulls: set[asyncio.Task[PullResult]] = set()
+        self._host_identity = ""
+        self._finishes: set[asyncio.Task[None]] = set()
+        self._workers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
+        self._closed = False
+
+    @property
+    def active(self) -> int:
+        """Pulls in progress, waiting ones included."""
+        return len(self._pulls)
+
+    def attach_store(self, store: BlockStore) -> None:
+        if self._store is not None:
+            raise ValueError("a store is attached already")
+        self._store = store
+
+    async def detach_store(self) -> None:
+        """Cancels every pull, waits until nothing writes, and forgets the store. Idempotent."""
+        self._store = None
+        await self._cancel_pulls()
+
+    async def close(self) -> None:
+        """Cancels every pull, sends what Finishes are due, closes channels and mappings. Idempotent."""
+        self._closed = True
+        await self._cancel_pulls()
+        if self._finishes:
+            await asyncio.wait(self._finishes, timeout=FINISH_SECONDS)
+        await self._peers.close()
+        self._workers.shutdown(wait=False)
+
+    async def pull(
+        self,
+        source_address: str,
+        source_te_id: str,
+        source_incarnation: str,
+        transfer_id: str,
+        dst_blocks: Sequence[int],
+        length: int,
+        skip_blocks: int = 0,
+        deadline: float | None = None,
+    ) -> PullResult:
+        """Fills `dst_blocks` (this pool's blocks for tokens `[0, length)`, in order) from the source.
+
+        The first `skip_blocks` of them are not touched. `deadline` is absolute on the clock; None is
+        `DEFAULT_PULL_SECONDS` from now. Raises TransferError, after which the blocks' content is
+        undefined; ValueError for arguments that make no sense. Cancelling stops the writing before
+        the cancellation is seen by the caller.
+        """
+        store = self._store
+        if store is None or self._closed:
+            raise TransferError(TransferErrorCode.INTERNAL, "this receiver has no pool")
+        needed = store.layout.blocks_for(length)
+        if length < 1 or skip_blocks < 0 or needed > len(dst_blocks):
+            raise ValueError(
+                f"{length} tokens, {skip_blocks} blocks to skip, {len(dst_blocks)} blocks to fill"
+            )
+        pull = _Pull(
+            transfer_id,
+            dst_blocks,
+            length,
+            min(skip_blocks, needed),
+            needed,
+            self._clock() + DEFAULT_PULL_SECONDS if deadline is None else deadline,
+        )
+        work = self._pull(source_address, source_te_id, source_incarnation, store, pull)
+        task = asyncio.get_running_loop().create_task(work, name=f"kv-pull-{transfer_id}")
+        self._pulls.add(task)
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():  # quarantine: a cancelled pull is left only when nothing writes any more
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+                task.cancel()
+        self._pulls.discard(task)
+        if cancelled is not None:
+            if not task.cancelled():
+                task.exception()  # seen: the cancellation wins
+            raise cancelled
+        if task.cancelled():
+            raise TransferError(TransferErrorCode.ABORTED, "this receiver's pool was detached")
+        return task.result()
+
+    async def _pull(
+        self, address: str, te_id: str, incarnation: str, store: BlockStore, pull: _Pull
+    ) -> PullResult:
+        started = self._clock()
+        outcome, failure = "ok", ""
+        try:
+            async with self._peers.borrow(address, te_id, incarnation) as peer:
+                try:
+                    await self._bounded(peer, store, pull)
+                except TransferError as error:
+                    outcome, failure = error.code.name.lower(), str(error)
+                    if error.code is TransferErrorCode.PEER_LOST:
+                        await self._peers.drop(peer)
+                    raise
+                except asyncio.CancelledError:
+                    outcome, failure = "cancelled", "the receiver cancelled the transfer"
+                    raise
+                except BaseException as error:
+                    outcome, failure = "internal", repr(error)
+                    raise
+                finally:
+                    self._finish_later(peer, pull.transfer_id, failure)
+        finally:
+            metrics.TRANSFERS.labels(pull.transport, outcome).inc()
+        seconds = self._clock() - started
+        metrics.SECONDS.labels(pull.transport).observe(seconds)
+        metrics.COPY_SECONDS.labels(pull.transport).observe(pull.copy_seconds)
+        metrics.MOVES.labels(pull.transport).observe(pull.moves)
+        return PullResult(pull.bytes, pull.moves, pull.transport, seconds)
+
+    # -- one pull -----------------------------------------------------------------------------
+
+    async def _bounded(self, peer: Peer, store: BlockStore, pull: _Pull) -> None:
+        """The pull within its deadline and within a slot."""
+        try:
+            async with asyncio.timeout(self._left(pull)):
+                if self._waiting >= self._max_waiting and self._slots.locked():
+                    raise TransferError(
+                        TransferErrorCode.BUSY, f"{self._waiting} pulls wait at this receiver"
+                    )
+                self._waiting += 1
+                metrics.WAITING_PULLS.inc()
+                try:
+                    await self._slots.acquire()
+                finally:
+                    self._waiting -= 1
+                    metrics.WAITING_PULLS.dec()
+                metrics.ACTIVE_PULLS.inc()
+                try:
+                    await self._run(peer, store, pull)
+                finally:
+                    metrics.ACTIVE_PULLS.dec()
+                    self._slots.release()
+        except TimeoutError as error:
+            raise TransferError(
+                TransferErrorCode.DEADLINE, f"transfer {pull.transfer_id} from {peer} passed its deadline"
+            ) from error
+
+    async def _run(self, peer: Peer, store: BlockStore, pull: _Pull) -> None:
+        local = self._local_end(store)
+        try:
+            handshake = await peer.connect(local, min(self._peer_timeout, self._left(pull)))
+            try:
+                await self._guarded(peer, local, store, pull, handshake.pool_id)
+            except TransferError as error:
+                if error.code is not TransferErrorCode.STALE_POOL:
+                    raise
+                # The sender loaded a model since we shook hands: once more with its new pool.
+                peer.forget()
+                handshake = await peer.connect(local, min(self._peer_timeout, self._left(pull)))
+                await self._guarded(peer, local, store, pull, handshake.pool_id)
+        except TransferError as error:
+            if error.code is TransferErrorCode.PEER_LOST and self._clock() >= pull.deadline:
+                raise TimeoutError from error  # a call's own timeout ended with the deadline
+            raise
+
+    async def _guarded(
+        self, peer: Peer, local: LocalEnd, store: BlockStore, pull: _Pull, pool_id: str
+    ) -> None:
+        """Follows the announcements with a heartbeat beside; the first of both to fail ends it."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                heartbeat = group.create_task(self._renew(peer, pull.transfer_id, local.receiver))
+                await self._follow(peer, local, store, pull, pool_id)
+                heartbeat.cancel()
+        except BaseExceptionGroup as failures:
+            typed = failures.subgroup(TransferError)
+            raise (typed or failures).exceptions[0] from None
+
+    async def _follow(
+        self, peer: Peer, local: LocalEnd, store: BlockStore, pull: _Pull, pool_id: str
+    ) -> None:
+        transport = self._transport(peer, local, store, pull)
+        pull.transport = transport.name
+        request = pb.WatchRequest(transfer_id=pull.transfer_id, receiver=local.receiver, pool_id=pool_id)
+        call = peer.stub.Watch(request, metadata=self._metadata, timeout=self._left(pull))
+        try:
+            async for update in call:
+                match update.WhichOneof("update"):
+                    case "chunk":
+                        await self._copy(transport, store, pull, update.chunk)
+                    case "complete":
+                        self._check_complete(pull, update.complete)
+                        return
+                    case "failed":
+                        raise TransferError(code_of(update.failed.code), update.failed.message)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, f"watch of {pull.transfer_id} at {peer}") from error
+        finally:
+            call.cancel()
+        raise TransferError(
+            TransferErrorCode.PEER_LOST, f"{peer} ended the watch of {pull.transfer_id} without a result"
+        )
+
+    async def _copy(self, transport: Transport, store: BlockStore, pull: _Pull, chunk: pb.ChunkReady) -> None:
+        """Copies what is needed of one chunk. A block announced again is copied again."""
+        if sum(run.count for run in chunk.runs) != len(chunk.generations):
+            raise TransferError(
+                TransferErrorCode.INTERNAL, "a chunk's blocks and generations differ in number"
+            )
+        announced = blocks_of(Run(run.start, run.count) for run in chunk.runs)
+        wanted = [
+            (index, source)
+            for index, source in enumerate(announced, chunk.first_block)
+            if pull.first <= index < pull.needed
+        ]
+        if not wanted:
+            return
+        moves = align([source for _, source in wanted], [pull.dst_blocks[index] for index, _ in wanted])
+        size = len(wanted) * store.layout.block_bytes
+        started = self._clock()
+        metrics.INFLIGHT_BYTES.inc(size)
+        try:
+            await transport.copy(moves, dict(zip(announced, chunk.generations, strict=True)))
+        finally:
+            metrics.INFLIGHT_BYTES.dec(size)
+            pull.copy_seconds += self._clock() - started
+        pull.in_place.update(index for index, _ in wanted)
+        pull.moves += len(moves)
+        pull.bytes += size
+        metrics.BYTES.labels(transport.name).inc(size)
+
+    def _check_complete(self, pull: _Pull, complete: pb.TransferComplete) -> None:
+        missing = pull.needed - pull.first - len(pull.in_place)
+        if complete.tokens < pull.length or missing:
+            raise TransferError(
+                TransferErrorCode.ABORTED,
+                f"transfer {pull.transfer_id} is complete with {complete.tokens} tokens, {pull.length} are needed"
+                f" ({missing} blocks were not announced)",
+            )
+
+    async def _renew(self, peer: Peer, transfer_id: str, receiver: str) -> None:
+        """Extends the lease until cancelled. Raises TransferError(PEER_LOST) if the peer is silent."""
+        request = pb.RenewRequest(transfer_id=transfer_id, receiver=receiver)
+        while True:
+            await asyncio.sleep(self._heartbeat)
+            try:
+                await peer.stub.Renew(request, metadata=self._metadata, timeout=self._peer_timeout / 2)
+            except grpc.aio.AioRpcError as rpc:
+                error = error_of(rpc, f"heartbeat to {peer}")
+                if error.code is TransferErrorCode.PEER_LOST:
+                    raise error from rpc
+                # An ended or unknown transfer is the watch's and the generations' to tell.
+                logger.debug("%s", error)
+
+    def _transport(self, peer: Peer, local: LocalEnd, store: BlockStore, pull: _Pull) -> Transport:
+        if peer.mapping is not None:
+            return ShmTransport(peer.mapping, store, self._workers)
+        return GrpcTransport(
+            peer,
+            local,
+            pull.transfer_id,
+            store,
+            self._workers,
+            checksum=self._checksum,
+            timeout=lambda: self._left(pull),
+        )
+
+    # -- around it ----------------------------------------------------------------------------
+
+    def _local_end(self, store: BlockStore) -> LocalEnd:
+        if not self._host_identity and self._transports != "grpc":
+            self._host_identity = host_identity(self._shm_dir)
+        return LocalEnd(
+            self.te_id,
+            self.incarnation,
+            store.layout,
+            self._metadata,
+            self._token,
+            self._host_identity,
+            self._shm_dir,
+            self._transports,
+        )
+
+    def _left(self, pull: _Pull) -> float:
+        return max(0.0, pull.deadline - self._clock())
+
+    def _finish_later(self, peer: Peer, transfer_id: str, failure: str) -> None:
+        """Sends the one Finish of a pull; the pull does not wait for it. Owned until `close`."""
+        request = pb.FinishRequest(
+            transfer_id=transfer_id,
+            receiver=f"{self.te_id}/{self.incarnation}",
+            ok=not failure,
+            reason=failure[:500],
+        )
+        self._peers.hold(peer)
+        work = self._finish(peer, request)
+        task = asyncio.get_running_loop().create_task(work, name=f"kv-finish-{transfer_id}")
+        self._finishes.add(task)
+        task.add_done_callback(self._finishes.discard)
+
+    async def _finish(self, peer: Peer, request: pb.FinishRequest) -> None:
+        try:
+            await peer.stub.Finish(request, metadata=self._metadata, timeout=FINISH_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            logger.info("finish of %s at %s: %s", request.transfer_id, peer, error.details())
+        finally:
+            await self._peers.give_back(peer)
+
+    async def _cancel_pulls(self) -> None:
+        pulls = tuple(self._pulls)
+        for task in pulls:
+            task.cancel()
+        if pulls:
+            await asyncio.wait(pulls)

@@ -1,0 +1,304 @@
+"""The sender's side of the pull protocol: the grpc.aio service `deepflow.v1.KVTransfer`.
+
+The TE-shell makes one, adds it to its server with `add_to_server`, and runs it from `start` to
+`stop`; in between it owns the task that ends expired leases and the unix socket that passes the
+pool's descriptor. Credentials are checked before it, by `kvtransfer.auth.TokenAuth`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from deepflow.v1 import kvtransfer_pb2 as pb
+
+from kvtransfer import metrics
+from kvtransfer.channel import READ_CHUNK_BYTES
+from kvtransfer.errors import TransferError, TransferErrorCode, status_of
+from kvtransfer.frames import encode_frame
+from kvtransfer.layout import KVLayout, LayoutMismatch
+from kvtransfer.pool import BlockStore, fence
+from kvtransfer.runs import Run, blocks_of
+from kvtransfer.sender import Chunk, Sender
+from kvtransfer.shm import PoolServer, host_identity
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "deepflow.v1.KVTransfer"
+WATCH_GRACE_SECONDS = 2.0
+"""A watch may overtake the offer it is for (both start at placement); ours, above one engine step."""
+MAX_READS = 8
+"""Read streams served at once; more only divide the same memory and network bandwidth."""
+MAX_WAITING_READS = 64
+MAX_WATCHES = 2048
+"""Twice the bound of transfers: one each, and one that reconnects before the old one is noticed gone."""
+MAX_REAP_SECONDS = 1.0
+"""Leases are looked at ten times a lease, at least this often."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class KVTransferService:
+    """Serves one Sender. `shm_dir` None, or a store that is not in host memory: gRPC alone."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        *,
+        token: str = "",
+        shm_dir: Path | None = None,
+        max_reads: int = MAX_READS,
+        max_watches: int = MAX_WATCHES,
+        watch_grace: float = WATCH_GRACE_SECONDS,
+    ) -> None:
+        self.sender = sender
+        self._shm_dir = shm_dir
+        self._host_identity = ""
+        self._pool_server = PoolServer(sender, shm_dir, token) if shm_dir is not None else None
+        self._shm_socket = ""
+        self._reads = asyncio.Semaphore(max_reads)
+        self._waiting_reads = 0
+        self._watches = 0
+        self._max_watches = max_watches
+        self._watch_grace = watch_grace
+        self._reaper: asyncio.Task[None] | None = None
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Registers the service. Not the generated registration: Read's frames are built here."""
+
+        def unary(call: Callable[[Any, Context], Awaitable[Any]], request: Any, response: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(
+                call, request_deserializer=request.FromString, response_serializer=response.SerializeToString
+            )
+
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    SERVICE,
+                    {
+                        "Handshake": unary(self.handshake, pb.HandshakeRequest, pb.HandshakeResponse),
+                        "Renew": unary(self.renew, pb.RenewRequest, pb.RenewResponse),
+                        "Finish": unary(self.finish, pb.FinishRequest, pb.FinishResponse),
+                        "Watch": grpc.unary_stream_rpc_method_handler(
+                            self.watch,
+                            request_deserializer=pb.WatchRequest.FromString,
+                            response_serializer=pb.TransferUpdate.SerializeToString,
+                        ),
+                        "Read": grpc.unary_stream_rpc_method_handler(
+                            self.read, request_deserializer=pb.ReadRequest.FromString
+                        ),
+                    },
+                ),
+            )
+        )
+
+    async def start(self) -> None:
+        """Starts the reaper and, where it can be, the socket; without it peers use gRPC."""
+        if self._pool_server is not None:
+            try:
+                self._pool_server.start()
+            except OSError as error:
+                logger.warning("no shared-memory transport: %s", error)
+            else:
+                self._shm_socket = str(self._pool_server.path)
+                self._host_identity = host_identity(self._shm_dir)
+        self._reaper = asyncio.create_task(self._reap(), name="kv-lease-reaper")
+
+    async def stop(self, reason: str = "the executor stops") -> None:
+        """Withdraws what is left and gives the socket back. Idempotent."""
+        self.sender.detach_store(reason)
+        if self._reaper is not None:
+            self._reaper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reaper
+            self._reaper = None
+        if self._pool_server is not None:
+            await self._pool_server.stop()
+            self._shm_socket = ""
+
+    def attach_store(self, store: BlockStore) -> None:
+        self.sender.attach_store(store)
+
+    def detach_store(self, reason: str = "the model was unloaded") -> None:
+        self.sender.detach_store(reason)
+
+    async def _reap(self) -> None:
+        interval = min(MAX_REAP_SECONDS, self.sender.lease_seconds / 10)
+        while True:
+            await asyncio.sleep(interval)
+            self.sender.reap()
+
+    # -- calls --------------------------------------------------------------------------------
+
+    async def handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeResponse:
+        store, pool_id = self.sender.store, self.sender.pool_id
+        if store is None:
+            await _abort(
+                context, TransferError(TransferErrorCode.UNKNOWN_TRANSFER, "no model is loaded here")
+            )
+        try:
+            store.layout.check_compatible(KVLayout.from_proto(request.layout))
+        except LayoutMismatch as mismatch:
+            logger.warning("handshake with %s/%s refused: %s", request.te_id, request.incarnation, mismatch)
+            await _abort(context, TransferError(TransferErrorCode.LAYOUT_MISMATCH, mismatch.reason))
+        shared = bool(self._host_identity) and request.host_identity == self._host_identity
+        return pb.HandshakeResponse(
+            te_id=self.sender.te_id,
+            incarnation=self.sender.incarnation,
+            layout=store.layout.to_proto(),
+            num_blocks=store.num_blocks,
+            host_identity=self._host_identity,
+            shm_socket=self._shm_socket if shared else "",
+            pool_id=pool_id,
+        )
+
+    async def watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.TransferUpdate]:
+        """Every announced chunk from the first on, then exactly one terminal update."""
+        if request.pool_id and request.pool_id != self.sender.pool_id:
+            stale = TransferError(
+                TransferErrorCode.STALE_POOL, "the pool of this executor is another one now"
+            )
+            yield _failed(stale)
+            return
+        if self._watches >= self._max_watches:
+            metrics.REFUSED.labels("watch").inc()
+            yield _failed(TransferError(TransferErrorCode.BUSY, "too many watches are open here"))
+            return
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(changed.set)
+
+        transfer_id = request.transfer_id
+        self.sender.subscribe(transfer_id, wake)
+        self._watches += 1
+        try:
+            if not self.sender.known(transfer_id):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._watch_grace):
+                        await changed.wait()
+            seen = 0
+            while True:
+                changed.clear()
+                progress = self.sender.progress(transfer_id, request.receiver, seen)
+                for chunk in progress.chunks:
+                    yield pb.TransferUpdate(chunk=_chunk_message(chunk))
+                seen += len(progress.chunks)
+                if progress.failure is not None:
+                    yield _failed(progress.failure)
+                    return
+                if progress.tokens is not None:
+                    complete = pb.TransferComplete(tokens=progress.tokens, blocks=progress.blocks)
+                    yield pb.TransferUpdate(complete=complete)
+                    return
+                await changed.wait()
+        finally:
+            self._watches -= 1
+            self.sender.unsubscribe(transfer_id, wake)
+
+    async def read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[bytes]:
+        """The runs' bytes in order; a piece is sent only if no block of it moved while it was copied."""
+        if context.time_remaining() is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a Read needs a deadline")
+        if self._waiting_reads >= MAX_WAITING_READS:
+            metrics.REFUSED.labels("read").inc()
+            await _abort(context, TransferError(TransferErrorCode.BUSY, "too many Reads wait here"))
+        self._waiting_reads += 1
+        try:
+            await self._reads.acquire()
+        finally:
+            self._waiting_reads -= 1
+        metrics.ACTIVE_READS.inc()
+        try:
+            async for frame in self._frames(request):
+                yield frame
+        except TransferError as error:
+            await _abort(context, error)
+        finally:
+            metrics.ACTIVE_READS.dec()
+            self._reads.release()
+
+    async def _frames(self, request: pb.ReadRequest) -> AsyncIterator[bytes]:
+        sender = self.sender
+        runs = [Run(run.start, run.count) for run in request.runs]
+        store = sender.check_read(request.transfer_id, request.receiver, runs, request.generations)
+        expected = dict(zip(blocks_of(runs), request.generations, strict=True))
+        size = store.layout.block_bytes
+        staged_blocks = max(1, READ_CHUNK_BYTES // size)
+        for run in runs:
+            # Host memory is cut anywhere; a device's is staged by whole blocks.
+            on_host = store.view(run.start, 0) is not None
+            step = run.count if on_host else staged_blocks
+            for start in range(run.start, run.start + run.count, step):
+                count = min(step, run.start + run.count - start)
+                view = store.view(start, count)
+                if view is None:
+                    _check_generations(store, expected, range(start, start + count))
+                    view = memoryview(await asyncio.to_thread(store.load, start, count))
+                    _check_generations(store, expected, range(start, start + count))
+                for offset in range(0, count * size, READ_CHUNK_BYTES):
+                    length = min(READ_CHUNK_BYTES, count * size - offset)
+                    piece = view[offset : offset + length]
+                    if on_host:
+                        touched = range(start + offset // size, start + (offset + length - 1) // size + 1)
+                        _check_generations(store, expected, touched)
+                        frame = encode_frame(piece, request.checksum)
+                        _check_generations(store, expected, touched)
+                    else:
+                        frame = encode_frame(piece, request.checksum)
+                    yield frame
+                    # The peer took the piece: it lives, so the lease goes on. An ended transfer raises.
+                    sender.renew(request.transfer_id, request.receiver)
+                    metrics.READ_BYTES.inc(length)
+
+    async def renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+        try:
+            lease = self.sender.renew(request.transfer_id, request.receiver)
+        except TransferError as error:
+            await _abort(context, error)
+        return pb.RenewResponse(lease_ms=int(lease * 1000))
+
+    async def finish(self, request: pb.FinishRequest, context: Context) -> pb.FinishResponse:
+        try:
+            first = self.sender.finish(request.transfer_id, request.receiver, request.ok, request.reason)
+        except TransferError as error:
+            await _abort(context, error)
+        return pb.FinishResponse(first=first)
+
+
+def _check_generations(store: BlockStore, expected: dict[int, int], blocks: range) -> None:
+    fence()
+    for block in blocks:
+        if store.generation(block) != expected[block]:
+            raise TransferError(
+                TransferErrorCode.GENERATION_MOVED, f"block {block} was reused while it was being read"
+            )
+
+
+async def _abort(context: Context, error: TransferError) -> NoReturn:
+    await context.abort(*status_of(error))
+    raise AssertionError("abort returned")
+
+
+def _failed(error: TransferError) -> pb.TransferUpdate:
+    failed = pb.TransferFailed(code=pb.TransferErrorCode.ValueType(error.code.value), message=error.message)
+    return pb.TransferUpdate(failed=failed)
+
+
+def _chunk_message(chunk: Chunk) -> pb.ChunkReady:
+    return pb.ChunkReady(
+        first_block=chunk.first_block,
+        runs=[pb.BlockRun(start=run.start, count=run.count) for run in chunk.runs],
+        generations=chunk.generations,
+        tokens=chunk.tokens,
+    )
