@@ -18,7 +18,7 @@ from controlplane.jobs.serving import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A token with its logprobs and where its text begins, in characters from the start of the output."""
+    """A token with its logprobs and where its text begins, in characters from the start of the choice."""
 
     logprobs: TokenLogprobs
     offset: int
@@ -38,6 +38,7 @@ class Choice:
     """State of one choice."""
 
     __slots__ = (
+        "_base",
         "_decoded",
         "_detokenizer",
         "_end_ids",
@@ -60,7 +61,9 @@ class Choice:
         end_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         with_logprobs: bool = False,
+        offset: int = 0,
     ) -> None:
+        self._base = offset  # characters of an echoed prompt before the output
         self._detokenizer = table.detokenizer()
         self._stops = StopMatcher(stops) if stops else None
         self._end_ids = end_ids
@@ -114,7 +117,9 @@ class Choice:
             start, self._decoded = self._decoded, self._decoded + len(text)
             if self._with_logprobs and logprobs is not None and position < len(logprobs):
                 # A token without text of its own waits for the character that it is part of.
-                self._pending.append((max(self._decoded, start + 1), Entry(logprobs[position], start)))
+                self._pending.append(
+                    (max(self._decoded, start + 1), Entry(logprobs[position], self._base + start))
+                )
             texts.append(self._check(text))
             if self._stops is not None and self._stops.cut:
                 piece.stopped = True
@@ -148,7 +153,7 @@ class Choice:
         cut = ended and self._stops is not None and self._stops.cut
         while self._pending:
             end, entry = self._pending[0]
-            if not (end <= self._shown or (ended and (not cut or entry.offset < self._shown))):
+            if not (end <= self._shown or (ended and (not cut or entry.offset - self._base < self._shown))):
                 break
             ready.append(entry)
             self._pending.popleft()

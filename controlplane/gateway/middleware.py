@@ -1,0 +1,118 @@
+"""The outermost layer: request ids, trace context, one access-log line, metrics. Plain ASGI.
+
+Everything inside may assume `scope["deepflow.context"]`. An exception that nothing inside turned into an
+answer becomes a 500 here, in OpenAI's shape; its text stays in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from controlplane.api.errors import ApiError
+from controlplane.gateway import metrics
+from controlplane.gateway.context import SCOPE_KEY, RequestContext, request_id_from, traceparent_from
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("deepflow.gateway.access")
+
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled: logged only when they fail
+
+
+class RequestMiddleware:
+    """Wraps the application."""
+
+    def __init__(self, app: ASGIApp, *, metric_labels: int = 200) -> None:
+        self._app = app
+        self._model_label = metrics.LabelCap(metric_labels)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+                return
+            await self._app(scope, receive, send)
+            return
+        given: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            if name in (b"x-request-id", b"traceparent"):
+                given.setdefault(name, value)
+        context = RequestContext(
+            request_id=request_id_from(given.get(b"x-request-id")),
+            traceparent=traceparent_from(given.get(b"traceparent")),
+        )
+        scope[SCOPE_KEY] = context
+        started = False
+
+        async def send_with_ids(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                context.status = context.status or message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", context.request_id.encode()),
+                    (b"traceparent", context.traceparent.encode()),
+                    *context.response_headers,
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_ids)
+        except ClientDisconnect:
+            context.status = 499
+        except Exception:
+            # The request's task boundary: nothing above could report this better.
+            log.exception("request %s failed", context.request_id)
+            context.error = "internal_error"
+            if started:
+                raise
+            await send_error(ApiError(500, "The server had an error.", code="internal_error"), send_with_ids)
+        finally:
+            self._report(scope, context)
+
+    def _report(self, scope: Scope, context: RequestContext) -> None:
+        seconds = time.perf_counter() - context.started
+        status = context.status or 499
+        metrics.REQUESTS.labels(context.route, str(status), self._model_label(context.model)).inc()
+        metrics.SECONDS.labels(context.route).observe(seconds)
+        for stage, took in context.stages.items():
+            metrics.STAGE_SECONDS.labels(stage).observe(took)
+        if scope["path"] in _QUIET and status < 400:
+            return
+        client = scope.get("client")
+        line: dict[str, object] = {
+            "time": round(time.time(), 3),
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "path": scope["path"][:256],
+            "status": status,
+            "ms": round(seconds * 1000, 2),
+            "request_id": context.request_id,
+            "trace": context.traceparent[3:35],
+        }
+        for name in ("tenant", "key_id", "model", "job_id", "error"):
+            value = getattr(context, name)
+            if value:
+                line[name] = value
+        if context.first_token is not None:
+            line["first_token_ms"] = round(context.first_token * 1000, 2)
+        if context.prompt_tokens:
+            line["tokens"] = [context.prompt_tokens, context.cached_tokens, context.completion_tokens]
+        if context.stages:
+            line["stages_ms"] = {name: round(took * 1000, 2) for name, took in context.stages.items()}
+        access_log.info("%s", orjson.dumps(line, default=str).decode())
+
+
+async def send_error(error: ApiError, send: Send, *, head: bool = False) -> None:
+    """Answers with an error in OpenAI's shape."""
+    body = orjson.dumps(error.body())
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send(
+        {"type": "http.response.start", "status": error.status, "headers": [*headers, *error.headers()]}
+    )
+    await send({"type": "http.response.body", "body": b"" if head else body})
