@@ -309,9 +309,11 @@ class RTC:
             return PopulateState.PENDING
         del self._populations[ticket]
         failed = population.future.cancelled() or population.future.exception() is not None
-        if not failed:
-            for block, identity in zip(population.blocks, population.identities, strict=True):
+        for block, identity in zip(population.blocks, population.identities, strict=True):
+            if not failed:
                 self.commit(block, identity)
+            elif not population.abandoned and self._host.drop(identity) and identity not in self._index:
+                self._changes.removed(identity)  # a page that cannot be brought back is worth nothing
         self.free(population.blocks)
         return PopulateState.FAILED if failed else PopulateState.DONE
 
