@@ -11,8 +11,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import redis
-
 # A unix socket's path holds 107 characters on Linux and 103 on macOS.
 MAX_SOCKET_PATH = 100
 STOP_SECONDS = 10.0
@@ -62,6 +60,8 @@ def socket_url(socket_path: Path) -> str:
 
 def ping(url: str, timeout: float = 2.0) -> str | None:
     """None when the server answers (and has loaded its data), else why not."""
+    import redis
+
     client = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
     try:
         client.ping()

@@ -1,0 +1,102 @@
+"""The command lines and environments of the supervisor's children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import psutil
+
+from controlplane.local.children import ChildSpec
+from controlplane.local.settings import (
+    StackSettings,
+    StatePaths,
+    cores,
+    default_kv_bytes,
+    threads_per_executor,
+)
+from controlplane.local.topology import RoleName
+from controlplane.local.valkey import server_command
+
+# Seconds from SIGTERM to SIGKILL. `deepflow down` takes at most their sum.
+GATEWAY_STOP_SECONDS = 15.0
+EXECUTOR_STOP_SECONDS = 15.0
+VALKEY_STOP_SECONDS = 10.0
+GATEWAY_DRAIN_SECONDS = "10"  # running answers may finish so long; under GATEWAY_STOP_SECONDS
+
+# -P: the working folder is no place to import from.
+PYTHON = (sys.executable, "-P", "-m")
+
+
+def base_env(paths: StatePaths, redis_url: str, token: str) -> dict[str, str]:
+    """What all children share. Secrets travel in the environment, never on a command line."""
+    return {
+        **os.environ,
+        "DEEPFLOW_HOME": str(paths.root),
+        "DEEPFLOW_CLUSTER_TOKEN": token,
+        "DEEPFLOW_PARENT_DEATH": "1",  # their parent is a supervisor; the launcher ties their lives to it
+        "REDIS_URL": redis_url,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def valkey_spec(paths: StatePaths) -> ChildSpec:
+    return ChildSpec(
+        name="valkey",
+        kind="valkey",
+        command=tuple(server_command(paths.valkey_data, paths.valkey_socket)),
+        env=dict(os.environ),
+        log=paths.logs / "valkey.log",
+        stop_seconds=VALKEY_STOP_SECONDS,
+        orphan_signal=signal.SIGTERM,  # it saves what it has
+        before_start=lambda: paths.valkey_socket.unlink(missing_ok=True),
+    )
+
+
+def executor_spec(
+    settings: StackSettings, paths: StatePaths, te_id: str, role: RoleName, env: dict[str, str]
+) -> ChildSpec:
+    threads = str(settings.threads or threads_per_executor(settings.executors, cores()))
+    endpoint = paths.run / f"{te_id}.json"
+    return ChildSpec(
+        name=te_id,
+        kind="executor",
+        command=(
+            *(*PYTHON, "flowserve.shell", "--te-id", te_id, "--listen", "127.0.0.1:0"),
+            *("--endpoint-file", str(endpoint), "--redis-url", env["REDIS_URL"], "--role", role.value),
+            *("--device", settings.device, "--threads", threads, "--shm-dir", str(paths.sockets)),
+        ),
+        env={**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        log=paths.logs / f"{te_id}.log",
+        stop_seconds=EXECUTOR_STOP_SECONDS,
+        before_start=lambda: endpoint.unlink(missing_ok=True),
+    )
+
+
+def gateway_spec(
+    settings: StackSettings, paths: StatePaths, number: int, listener: int, env: dict[str, str]
+) -> ChildSpec:
+    gateway_id = f"gw-{number}"
+    metrics: tuple[str, ...] = ()
+    if settings.gateways > 1:  # any of them may answer /metrics, for all
+        metrics = ("--prometheus-dir", str(paths.run / "prometheus"))
+    return ChildSpec(
+        name=gateway_id,
+        kind="gateway",
+        command=(
+            *(*PYTHON, "controlplane.gateway", "--fd", str(listener), "--redis-url", env["REDIS_URL"]),
+            *("--catalogue", str(paths.catalogue), "--gateway-id", gateway_id, *metrics),
+        ),
+        env={"DEEPFLOW_GATEWAY_DRAIN_SECONDS": GATEWAY_DRAIN_SECONDS, **env},
+        log=paths.logs / f"{gateway_id}.log",
+        stop_seconds=GATEWAY_STOP_SECONDS,
+        pass_fds=(listener,),
+    )
+
+
+def kv_bytes(settings: StackSettings) -> int:
+    """Bytes of one executor's KV pool."""
+    if settings.kv_cache_bytes is not None:
+        return settings.kv_cache_bytes
+    return default_kv_bytes(settings.executors, psutil.virtual_memory().available)
