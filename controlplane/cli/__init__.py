@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Serve language models on this machine, and look at what runs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("up")(stack.up)

@@ -29,6 +29,7 @@ ANSWER_SECONDS = 600.0  # the gateway's own deadline of a request
 
 
 def chat(
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT]", show_default=False,

@@ -31,6 +31,7 @@ RedisUrl = Annotated[
 
 @app.command()
 def create(
+    *,
     tenant: Annotated[str, typer.Argument(help="Whom the key is for; usage is counted per tenant.")],
     name: Annotated[str, typer.Option(help="A name to tell keys apart.")] = "",
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,

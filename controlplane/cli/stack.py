@@ -34,12 +34,13 @@ roles_app = typer.Typer(help="Roles of executors: what each prefers to run.", no
 
 
 def up(
+    *,
     model: Annotated[
         list[str] | None,
         typer.Option(
             "--model", "-m", metavar="URI[=ID]", show_default=False,
-            help="Model to serve: file://PATH, hf://ORG/NAME[@REV][/FILE] or pypi://PACKAGE/FILE. Repeatable. "
-            "[default: SmolLM2-135M-Instruct]",
+            help="Model to serve: file://PATH, hf://ORG/NAME[@REV][/FILE] or pypi://PACKAGE/FILE. "
+            "Repeatable.  [default: SmolLM2-135M-Instruct]",
         ),
     ] = None,
     topology: Annotated[
@@ -194,7 +195,6 @@ def _up_detached(settings: StackSettings, paths: StatePaths) -> None:
     from controlplane.local.settings import write_atomically
 
     paths.prepare()
-    # Beside the state, not in it: the starting supervisor clears what an earlier one left there.
     write_atomically(paths.settings, json.dumps(settings.dump()))
     log = paths.logs / "supervisor.log"
     with log.open("wb") as output:
@@ -243,7 +243,7 @@ def how_to_call(settings: StackSettings, foreground: bool) -> str:
     """What is printed when the stack is ready."""
     model, url = settings.models[0].id, settings.url
     ending = "Ctrl-C stops it." if foreground else "`deepflow status` looks at it, `deepflow down` stops it."
-    body = '{"model": "%s", "messages": [{"role": "user", "content": "Hello!"}]}' % model
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return f"""
 DeepFlow serves {", ".join(m.id for m in settings.models)} at {url}
 
@@ -329,11 +329,9 @@ def _executor_row(executor: dict[str, Any]) -> tuple[object, ...]:
     total = executor.get("kv_blocks_total", 0)
     free = f"{100 * executor['kv_blocks_free'] // total} %" if total else "-"
     notes = [executor["message"]] if executor["message"] else []
-    notes += [
-        f"{executor[key]} {key.replace('_', ' ')}"
-        for key in ("leaked_blocks", "stuck_tasks")
-        if executor.get(key)
-    ]
+    for key in ("leaked_blocks", "stuck_tasks"):
+        if executor.get(key):
+            notes.append(f"{executor[key]} {key.replace('_', ' ')}")
     return (
         executor["te_id"],
         executor["model"] or "-",
