@@ -1,7 +1,8 @@
 """gRPC options of every internal channel and server, in one place.
 
-Frame and window sizes: measured for streams of 1-2 MiB messages on loopback, where 16 MB frames
-with the bandwidth probe off were about 1.5 times as fast as the defaults.
+Frame size and bandwidth probe: streams of 1-2 MiB messages over loopback were about 1.5 times as
+fast with 16 MB frames and the probe off as with the defaults. The window bounds what one Read has
+in flight; 4 MiB was as fast as 16 MiB.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _COMMON: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", (16 << 20) - 1),
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 16 << 20),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
     ("grpc.http2.write_buffer_size", 8 << 20),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),

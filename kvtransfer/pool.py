@@ -20,6 +20,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -123,11 +124,14 @@ class HostPool:
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be positive, is {num_blocks}")
         table, pages, size = _offsets(layout, num_blocks)
+        available = available_memory()
+        if size > available:  # memory files know no limit: beyond it the kernel kills, it does not refuse
+            raise PoolError(f"cannot allocate a KV pool of {size} bytes: {available} are available")
         fd = os.memfd_create("deepflow-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
             if prefault:
-                os.posix_fallocate(fd, 0, size)  # a shortage is an error here, not a SIGBUS later
+                os.posix_fallocate(fd, 0, size)  # zeroed by the kernel, without the interpreter lock
             mapping = mmap.mmap(fd, size)
             mapping[: _HEADER.size] = _HEADER.pack(
                 MAGIC, HEADER_VERSION, 0, layout.digest(), num_blocks, layout.block_bytes, table, pages
@@ -244,6 +248,17 @@ class HostPool:
     def _check_range(self, start: int, count: int) -> None:
         if start < 0 or count < 0 or start + count > self._num_blocks:
             raise IndexError(f"blocks {start}+{count} outside a pool of {self._num_blocks}")
+
+
+def available_memory() -> int:
+    """Bytes this process may still allocate: the host's, or its control group's where that is less."""
+    fields = Path("/proc/meminfo").read_text().split()
+    available = int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no group (v2) limit: "max", or no such file
+        limit = int((group / "memory.max").read_text())
+        available = min(available, limit - int((group / "memory.current").read_text()))
+    return available
 
 
 def _offsets(layout: KVLayout, num_blocks: int) -> tuple[int, int, int]:

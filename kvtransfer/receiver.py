@@ -144,7 +144,7 @@ class Receiver:
         await self._peers.close()
         self._workers.shutdown(wait=False)
 
-    async def pull(
+    async def pull(  # noqa: PLR0917  where from, what, where to, until when: each is named at the call
         self,
         source_address: str,
         source_te_id: str,
@@ -344,7 +344,7 @@ class Receiver:
         if complete.tokens < pull.length or missing:
             raise TransferError(
                 TransferErrorCode.ABORTED,
-                f"transfer {pull.transfer_id} is complete with {complete.tokens} tokens, {pull.length} are needed"
+                f"transfer {pull.transfer_id} is complete with {complete.tokens} tokens, {pull.length} needed"
                 f" ({missing} blocks were not announced)",
             )
 
