@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_INT = 2**31 - 1
 MAX_STOPS = 4  # OpenAI
@@ -66,7 +66,7 @@ Stop = Annotated[
 ]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
 # Stops at the first wrong element: a long list must not make a long list of errors.
-TokenIds = Annotated[list[TokenId], Field(min_length=1), FailFast()]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_INT)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
@@ -166,7 +166,9 @@ class Message(_Wire):
     """One message of a conversation. Only an assistant's `content` may be absent."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024), FailFast()] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None = (
+        None
+    )
     name: Name | None = None
     tool_call_id: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
@@ -181,7 +183,7 @@ class Message(_Wire):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ResponseFormat(_Wire):
@@ -216,8 +218,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1), FailFast()]
-        | Annotated[list[TokenIds], Field(min_length=1), FailFast()]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: Flag | None = None
@@ -243,7 +245,7 @@ class DetokenizeRequest(_Wire):
     """`POST /v1/detokenize`."""
 
     model: Name
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 # What a refused value of these fields means; others are explained by their bounds.

@@ -70,7 +70,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     }
     if arguments.require_key:
         overrides["require_key"] = True
-    settings = GatewaySettings.from_env(**overrides)
+    settings = GatewaySettings.from_env(overrides=overrides)
     app = create_app(settings)
 
     def on_drain() -> None:
@@ -78,20 +78,18 @@ async def _serve(arguments: argparse.Namespace) -> None:
         if gateway is not None:
             gateway.draining = True
 
-    listening = _listen(arguments)
-    server = GatewayServer(uvicorn_config(app, settings), settings, on_drain)
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, server.begin_drain)
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    address = "{}:{}".format(*listening.getsockname()[:2])
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.02)
-    if server.started:
+    def on_started() -> None:
         logging.getLogger("controlplane.gateway").info("serving on http://%s", address)
         if arguments.endpoint_file:
             _write_endpoint(Path(arguments.endpoint_file), address)
-    await serving
+
+    listening = _listen(arguments)
+    address = "{}:{}".format(*listening.getsockname()[:2])
+    server = GatewayServer(uvicorn_config(app, settings), settings, on_drain=on_drain, on_started=on_started)
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, server.begin_drain)
+    await server.serve(sockets=[listening])
 
 
 def _listen(arguments: argparse.Namespace) -> socket.socket:

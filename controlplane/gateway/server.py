@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -40,7 +41,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_headers = True
         self._discarded = 0
-        self._discard_until = 0.0
+        self._discard_timer: asyncio.TimerHandle | None = None
         self._header_timer: asyncio.TimerHandle | None = None
         self.transport.set_write_buffer_limits(high=self.settings.sse_buffer_bytes)
         metrics.CONNECTIONS.inc()
@@ -53,6 +54,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         metrics.CONNECTIONS.dec()
         self._stop_header_timer()
+        self._stop_discard_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -64,8 +66,6 @@ class GatewayProtocol(HttpToolsProtocol):
             if self._header_bytes > self.settings.max_header_bytes + 256 * 1024:
                 self._refuse_headers()
                 return
-            if self._header_timer is None:
-                self._arm_header_timer()
         super().data_received(data)
 
     def on_message_begin(self) -> None:
@@ -73,8 +73,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._header_count = 0
         self._discarded = 0
-        self._discard_until = 0.0
-        self.scope["extensions"] = {ABORT_EXTENSION: self._abort}  # type: ignore[typeddict-item]  # ours
+        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self._abort}}
+        if self._header_timer is None:
+            self._arm_header_timer()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -93,16 +94,32 @@ class GatewayProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        if self.transport.is_closing():
+            return
         if self.cycle is not None and self.cycle.response_complete:
             # The answer (413, 401, …) is out; the rest of the body is read and dropped for a while, so
             # that a client that first sends everything still gets to read it.
             self._discarded += len(body)
-            now = time.monotonic()
-            self._discard_until = self._discard_until or now + self.settings.discard_seconds
-            if self._discarded > self.settings.discard_bytes or now > self._discard_until:
+            if self._discard_timer is None:
+                self._discard_timer = self.loop.call_later(
+                    self.settings.discard_seconds, self.transport.close
+                )
+            if self._discarded > self.settings.discard_bytes:
                 self.transport.close()
             return
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.transport.is_closing():
+            return
+        self._stop_discard_timer()
+        super().on_message_complete()
+        if self.cycle.response_complete:
+            # The body ended after its answer: from here on this is an idle connection.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg, code="invalid_http_request"))
@@ -138,6 +155,11 @@ class GatewayProtocol(HttpToolsProtocol):
             self._header_timer.cancel()
             self._header_timer = None
 
+    def _stop_discard_timer(self) -> None:
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+
     def _headers_late(self) -> None:
         self._header_timer = None
         if self._in_headers and not self.transport.is_closing():
@@ -155,12 +177,23 @@ class GatewayServer(uvicorn.Server):
     """`begin_drain` from a signal handler; a second call cuts the wait short."""
 
     def __init__(
-        self, config: uvicorn.Config, settings: GatewaySettings, on_drain: Callable[[], Any]
+        self,
+        config: uvicorn.Config,
+        settings: GatewaySettings,
+        *,
+        on_drain: Callable[[], Any],
+        on_started: Callable[[], Any],
     ) -> None:
         super().__init__(config)
         self._settings = settings
         self._on_drain = on_drain
+        self._on_started = on_started
         self._exit_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
 
     def begin_drain(self) -> None:
         if self._exit_at is not None:

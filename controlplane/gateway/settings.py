@@ -88,7 +88,9 @@ class GatewaySettings(BaseModel):
     drain_seconds: int = Field(60, ge=0, description="Running answers may finish; then they are cancelled.")
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, **overrides: object) -> GatewaySettings:
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, overrides: Mapping[str, object] | None = None
+    ) -> GatewaySettings:
         """Settings from `DEEPFLOW_GATEWAY_*`, then `overrides`. Raises pydantic.ValidationError."""
         env = os.environ if env is None else env
         values: dict[str, object] = {
@@ -96,4 +98,4 @@ class GatewaySettings(BaseModel):
             for name in cls.model_fields
             if ENV_PREFIX + name.upper() in env
         }
-        return cls.model_validate({**values, **overrides})
+        return cls.model_validate({**values, **(overrides or {})})

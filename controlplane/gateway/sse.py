@@ -262,6 +262,6 @@ class StreamResponse(_RunResponse):
 
 
 def _abort(scope: Scope) -> None:
-    abort = (scope.get("extensions") or {}).get(ABORT_EXTENSION)
-    if abort is not None:
-        abort()
+    extension = (scope.get("extensions") or {}).get(ABORT_EXTENSION)
+    if extension is not None:
+        extension["abort"]()
