@@ -190,6 +190,12 @@ class SenderProcess:
     ) -> PullResult:
         return await receiver.pull(self.address, "te-p", "p1", transfer_id, dst, length, **kwargs)
 
+    def __enter__(self) -> SenderProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join(10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ blocks = st.lists(st.integers(0, 30), max_size=40)
 def test_runs_spell_their_blocks_and_are_maximal(ids: list[int]) -> None:
     runs = runs_of(ids)
     assert blocks_of(runs) == ids
-    assert all(a.start + a.count != b.start for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.start + a.count != b.start for a, b in itertools.pairwise(runs))
 
 
 @given(st.permutations(range(24)), st.permutations(range(24)), st.integers(0, 24))
