@@ -197,8 +197,10 @@ class GatewayServer(uvicorn.Server):
 
     def begin_drain(self) -> None:
         if self._exit_at is not None:
-            self.force_exit = True
-            self.should_exit = True
+            # Not uvicorn's `force_exit`: that would skip the lifespan's end (usage, aborts to executors).
+            self._exit_at = time.monotonic()
+            for task in list(self.server_state.tasks):
+                task.cancel()
             return
         log.info("draining")
         self._on_drain()

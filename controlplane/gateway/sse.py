@@ -100,6 +100,8 @@ class _RunResponse(Response):
             self._ended = True
             watcher.cancel()
             await self._settle(work, reason)
+            if self._slow:
+                await asyncio.sleep(0)  # the server learns of the reset before it looks for the answer's end
 
     async def _settle(self, work: asyncio.Task[Any], reason: str) -> None:
         try:

@@ -27,33 +27,31 @@ class EchoJob:
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         executor, request = self.executor, self.request
-        try:
-            await self._sleep(executor.first_delay)
-            if self.cancelled is not None:
-                return
-            if executor.fail is not None:
-                yield ChoiceDelta(0, finish="error", error=executor.fail)
-                return
-            outputs = [list(executor.answer(request, index)) for index in range(request.n)]
-            chunk = executor.chunk
-            position = 0
-            live = set(range(request.n))
-            while live:
-                for index in sorted(live - self.finished):
-                    if self.cancelled is not None:
-                        return
-                    yield self._delta(index, outputs[index], position, chunk, live)
-                live -= self.finished
-                position += chunk
-                if executor.fail_after is not None and position >= executor.fail_after:
-                    yield ChoiceDelta(0, finish="error", error=ServingError(503, "no_executor", "gone"))
+        await self._sleep(executor.first_delay)
+        if self.cancelled is not None:
+            return
+        if executor.fail is not None:
+            yield ChoiceDelta(0, finish="error", error=executor.fail)
+            return
+        outputs = [list(executor.answer(request, index)) for index in range(request.n)]
+        chunk = executor.chunk
+        position = 0
+        live = set(range(request.n))
+        while live:
+            for index in sorted(live - self.finished):
+                if self.cancelled is not None:
                     return
-                if live:
-                    await self._sleep(executor.delay)
-                    if self.cancelled is not None:
-                        return
-        finally:
-            self.ended = True
+                yield self._delta(index, outputs[index], position, chunk, live)
+            live -= self.finished
+            position += chunk
+            if executor.fail_after is not None and position >= executor.fail_after:
+                yield ChoiceDelta(0, finish="error", error=ServingError(503, "no_executor", "gone"))
+                return
+            if live:
+                await self._sleep(executor.delay)
+                if self.cancelled is not None:
+                    return
+        self.ended = True
 
     def _delta(self, index: int, output: list[int], position: int, chunk: int, live: set[int]) -> ChoiceDelta:
         request = self.request
