@@ -25,6 +25,7 @@ _COMMON: tuple[tuple[str, int], ...] = (
     ("grpc.http2.write_buffer_size", 8 << 20),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # measured: without it a stopped peer stays unnoticed
     ("grpc.http2.max_pings_without_data", 0),
 )
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (

@@ -50,10 +50,6 @@ class TransferState(enum.Enum):
     EXPIRED = "expired"
     WITHDRAWN = "withdrawn"
 
-    @property
-    def ended(self) -> bool:
-        return self not in (TransferState.OFFERED, TransferState.COMPLETE)
-
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

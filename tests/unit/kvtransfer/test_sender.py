@@ -224,7 +224,7 @@ class ExactlyOneEnd(RuleBasedStateMachine):
             self.bench.sender.offer(transfer_id)
             self.offered.add(transfer_id)
         except TransferError as error:
-            assert error.code is TransferErrorCode.BUSY  # noqa: PT017  both ways are fine
+            assert error.code is TransferErrorCode.BUSY
             assert self.bench.sender.active == 6
         return transfer_id
 
@@ -246,7 +246,7 @@ class ExactlyOneEnd(RuleBasedStateMachine):
             first = self.bench.sender.finish(transfer_id, receiver, ok)
         except TransferError as error:
             assert lived
-            assert error.code in (  # noqa: PT017
+            assert error.code in (
                 TransferErrorCode.BUSY,
                 TransferErrorCode.ABORTED,
             )
