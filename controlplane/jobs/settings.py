@@ -1,0 +1,107 @@
+"""Every bound and deadline of the serving runtime, in one place. Environment: `DEEPFLOW_JOBS_<FIELD>`.
+
+Seconds throughout. Where a number comes from stands beside it; "ours" means chosen, not derived.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ENV_PREFIX = "DEEPFLOW_JOBS_"
+TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
+
+
+def _token() -> str:
+    return os.environ.get(TOKEN_ENV, "")
+
+
+def _incarnation() -> str:
+    return secrets.token_hex(8)
+
+
+class RuntimeSettings(BaseModel):
+    """One gateway process's job executor, fleet and store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Identity and places.
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    gateway_id: str = "gw-0"
+    incarnation: str = Field(default_factory=_incarnation, description="Of this process; never reused.")
+    cluster_token: str = Field(default_factory=_token, repr=False, description=f"Default: ${TOKEN_ENV}.")
+
+    # Policy (scheduling.Policy).
+    policy: Literal["round_robin", "least_loaded", "prefix_affinity"] = "prefix_affinity"
+    disaggregate_min_uncached_tokens: int = Field(
+        0,
+        ge=0,
+        description="Prefill and decode are split from so many uncached prompt tokens on. 0: whenever a "
+        "prefill and a decode executor are there, as an operator who gave roles expects; larger values "
+        "spare short prompts the hand-over once it costs more than the interference it avoids.",
+    )
+    affinity_load_factor: float = Field(
+        1.25, ge=1, description="Tasks over the group's mean that a cached prefix may cost (bounded load)."
+    )
+    max_step_age_seconds: float = Field(
+        5, gt=0, description="An engine whose loop did not turn for so long gets no task; a step takes < 0.5."
+    )
+
+    # Admission.
+    max_choices: int = Field(1024, ge=1, description="Choices in flight, held ones included; beyond: 429.")
+    max_held: int = Field(512, ge=1, description="Choices that wait for an executor; beyond: 429 or 503.")
+
+    # Deadlines of the stages; the request's own comes with it.
+    placement_seconds: float = Field(60, gt=0, description="Hold while no executor exists, then 503.")
+    contended_seconds: float = Field(
+        300, gt=0, description="Hold while executors exist but are full, then 429."
+    )
+    first_token_seconds: float = Field(
+        180, gt=0, description="A task without a first event: it may wait in its executor's queue (ours)."
+    )
+    stall_seconds: float = Field(60, gt=0, description="A running task without an event.")
+    stuck_grace_seconds: float = Field(5, gt=0, description="Past its deadline by so much: a stuck task.")
+    tick_seconds: float = Field(0.1, gt=0, description="How often deadlines are looked at.")
+
+    # Replays.
+    max_attempts: int = Field(8, ge=1, description="Faults that one choice survives.")
+    retry_base_seconds: float = Field(0.02, ge=0, description="First pause; doubles, with jitter.")
+    retry_max_seconds: float = Field(1, ge=0)
+
+    # Records (writer.py, store.py).
+    record_ttl_seconds: float = Field(3600, ge=1)
+    record_flush_seconds: float = Field(0.1, gt=0)
+    record_batch: int = Field(500, ge=1)
+    record_pending: int = Field(10_000, ge=1, description="Unwritten records kept while Redis is away.")
+    redis_seconds: float = Field(2, gt=0, description="One call to Redis; never on an answer's way.")
+
+    # Fleet (registry.py, channel.py).
+    registry_poll_seconds: float = Field(1, gt=0)
+    eager_group_size: int = Field(
+        64, ge=0, description="Streams are opened on discovery for groups up to this size, else on first use."
+    )
+    connect_seconds: float = Field(5, gt=0, description="Connect, hello and welcome.")
+    suspect_seconds: float = Field(3, gt=0, description="Silence (reports come each second): not chosen.")
+    lost_seconds: float = Field(10, gt=0, description="Silence: the stream is closed, its tasks replayed.")
+    send_queue: int = Field(1024, ge=1, description="Submits that wait on one stream; beyond: elsewhere.")
+    prefix_blocks: int = Field(1 << 20, ge=1, description="Block identities known to be cached somewhere.")
+
+    # Shutdown. The gateway drains its own requests first.
+    drain_seconds: float = Field(5, ge=0)
+
+    @classmethod
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, overrides: Mapping[str, object] | None = None
+    ) -> RuntimeSettings:
+        """Settings from `DEEPFLOW_JOBS_*`, then `overrides`. Raises pydantic.ValidationError."""
+        env = os.environ if env is None else env
+        values: dict[str, object] = {
+            name: env[ENV_PREFIX + name.upper()]
+            for name in cls.model_fields
+            if ENV_PREFIX + name.upper() in env
+        }
+        return cls.model_validate({**values, **(overrides or {})})
