@@ -1,13 +1,18 @@
-"""Requests become jobs, jobs become tasks, tasks are placed on executors and replayed until they end.
+"""Requests as jobs and tasks: their records, their state machine, their store, the serving job executor.
 
-    serving    the border to the gateway: a request in, choice deltas out
-    records    what is kept of a job and its tasks; states: which change may follow which (pure)
-    store      records in Redis; writer: written behind, never in the way of an answer
-    choice     one choice of an answer as a pure state machine over executors' events
-    executor   the serving job executor: admission, timers, placement; job: what the gateway holds
-    holding    choices that wait for an executor, in order, with bounds
-    runtime    composition: `async with ServingRuntime(settings) as runtime`
+The gateway is the caller (border: `serving.py`, wiring: `runtime.py`). DeepServe's request-job-task
+abstraction, with replay so that an executor's death is a pause and not an error.
 
-Called by `controlplane.gateway`; calls `controlplane.scheduling` (decisions) and `controlplane.fleet`
-(streams to executors). DeepServe (arXiv 2501.14417) section 3: request, job, task.
+| module   | what it holds                                                                       |
+|----------|-------------------------------------------------------------------------------------|
+| serving  | the border to the gateway: request in, choice deltas out                             |
+| runtime  | `ServingRuntime`: everything below opened and closed together                        |
+| executor | admission, the held queue and its pump, deadlines                                    |
+| job      | one request's choices and their delivery                                             |
+| choice   | one choice: placed, streamed, handed over, replayed                                  |
+| progress | which tokens are new, whatever attempts repeat (pure)                                |
+| states   | the state machines as data (pure)                                                    |
+| wire     | requests to protobuf, errors and log-probabilities from it                           |
+| records  | what is remembered of a job                                                          |
+| store    | records in Redis; `writer` puts them there behind serving's back                     |
 """

@@ -1,7 +1,6 @@
-"""Which state a job or a task may enter from which: transitions as data, nothing else.
+"""State machines of jobs and tasks, as data. Pure; an illegal event raises.
 
-A task is one placement: a replay is a new task with the next attempt number, so no state is ever left
-backwards. `HANDED_OVER` is a prefill task whose KV lies on offer until the decode task has it.
+A task here is one choice of a request over all its attempts: prefill and decode are phases of it.
 """
 
 from __future__ import annotations
@@ -10,87 +9,131 @@ import enum
 from collections.abc import Mapping
 
 
-class JobState(enum.StrEnum):
-    PENDING = "pending"  # admitted, nothing placed yet
-    RUNNING = "running"  # at least one task was placed
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
 class TaskState(enum.StrEnum):
-    PENDING = "pending"  # waits for an executor
-    ASSIGNED = "assigned"  # sent to an executor, which has not said anything of it
-    RUNNING = "running"
-    HANDED_OVER = "handed_over"
-    DONE = "done"
+    WAITING = "waiting"  # for its leading sibling's prefill, whose cache it shares
+    HELD = "held"  # for an executor
+    RUNNING = "running"  # unified, on one executor
+    PREFILLING = "prefilling"
+    HANDOVER = "handover"  # prefilled; its KV waits for a decode executor
+    DECODING = "decoding"
+    COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (TaskState.COMPLETED, TaskState.FAILED, TaskState.CANCELLED)
+
+    @property
+    def on_executor(self) -> bool:
+        """An attempt is open on an executor and may send deltas."""
+        return self in (TaskState.RUNNING, TaskState.PREFILLING, TaskState.DECODING)
 
 
 class TaskEvent(enum.StrEnum):
-    ASSIGN = "assign"
-    START = "start"  # the first word of the executor
+    RELEASE = "release"
+    PLACE_UNIFIED = "place_unified"
+    PLACE_PREFILL = "place_prefill"
     HAND_OVER = "hand_over"
-    FINISH = "finish"
+    PLACE_DECODE = "place_decode"
+    RETRY = "retry"
+    COMPLETE = "complete"
     FAIL = "fail"
     CANCEL = "cancel"
+
+
+class JobState(enum.StrEnum):
+    QUEUED = "queued"  # no task was placed yet
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
 class JobEvent(enum.StrEnum):
     START = "start"
-    FINISH = "finish"
+    COMPLETE = "complete"
     FAIL = "fail"
     CANCEL = "cancel"
 
 
-TASK_TRANSITIONS: Mapping[tuple[TaskState, TaskEvent], TaskState] = {
-    (TaskState.PENDING, TaskEvent.ASSIGN): TaskState.ASSIGNED,
-    (TaskState.PENDING, TaskEvent.FAIL): TaskState.FAILED,
-    (TaskState.PENDING, TaskEvent.CANCEL): TaskState.CANCELLED,
-    (TaskState.ASSIGNED, TaskEvent.START): TaskState.RUNNING,
-    (TaskState.ASSIGNED, TaskEvent.FAIL): TaskState.FAILED,
-    (TaskState.ASSIGNED, TaskEvent.CANCEL): TaskState.CANCELLED,
-    (TaskState.RUNNING, TaskEvent.HAND_OVER): TaskState.HANDED_OVER,
-    (TaskState.RUNNING, TaskEvent.FINISH): TaskState.DONE,
-    (TaskState.RUNNING, TaskEvent.FAIL): TaskState.FAILED,
-    (TaskState.RUNNING, TaskEvent.CANCEL): TaskState.CANCELLED,
-    (TaskState.HANDED_OVER, TaskEvent.FINISH): TaskState.DONE,
-    (TaskState.HANDED_OVER, TaskEvent.FAIL): TaskState.FAILED,
-    (TaskState.HANDED_OVER, TaskEvent.CANCEL): TaskState.CANCELLED,
-}
-JOB_TRANSITIONS: Mapping[tuple[JobState, JobEvent], JobState] = {
-    (JobState.PENDING, JobEvent.START): JobState.RUNNING,
-    (JobState.PENDING, JobEvent.FAIL): JobState.FAILED,
-    (JobState.PENDING, JobEvent.CANCEL): JobState.CANCELLED,
-    (JobState.RUNNING, JobEvent.FINISH): JobState.DONE,
-    (JobState.RUNNING, JobEvent.FAIL): JobState.FAILED,
-    (JobState.RUNNING, JobEvent.CANCEL): JobState.CANCELLED,
-}
-TERMINAL_TASK_STATES = frozenset({TaskState.DONE, TaskState.FAILED, TaskState.CANCELLED})
-TERMINAL_JOB_STATES = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
-
-
 class IllegalTransition(Exception):
-    """A programmer's error: this event cannot happen in this state."""
+    """A programmer's error: the event has no meaning in this state."""
 
-    def __init__(self, state: enum.StrEnum, event: enum.StrEnum) -> None:
-        super().__init__(f"{event} cannot follow in state {state}")
-        self.state = state
-        self.event = event
+
+_END = {
+    TaskEvent.COMPLETE: TaskState.COMPLETED,
+    TaskEvent.FAIL: TaskState.FAILED,
+    TaskEvent.CANCEL: TaskState.CANCELLED,
+}
+
+TASK_TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]] = {
+    TaskState.WAITING: {TaskEvent.RELEASE: TaskState.HELD, **_END},
+    TaskState.HELD: {
+        TaskEvent.PLACE_UNIFIED: TaskState.RUNNING,
+        TaskEvent.PLACE_PREFILL: TaskState.PREFILLING,
+        **_END,
+    },
+    TaskState.RUNNING: {TaskEvent.RETRY: TaskState.HELD, **_END},
+    TaskState.PREFILLING: {
+        TaskEvent.HAND_OVER: TaskState.HANDOVER,
+        TaskEvent.RETRY: TaskState.HELD,
+        **_END,
+    },
+    TaskState.HANDOVER: {
+        TaskEvent.PLACE_DECODE: TaskState.DECODING,
+        TaskEvent.RETRY: TaskState.HELD,
+        **_END,
+    },
+    TaskState.DECODING: {TaskEvent.RETRY: TaskState.HELD, **_END},
+    TaskState.COMPLETED: {},
+    TaskState.FAILED: {},
+    TaskState.CANCELLED: {},
+}
+
+JOB_TRANSITIONS: Mapping[JobState, Mapping[JobEvent, JobState]] = {
+    JobState.QUEUED: {
+        JobEvent.START: JobState.RUNNING,
+        JobEvent.COMPLETE: JobState.COMPLETED,
+        JobEvent.FAIL: JobState.FAILED,
+        JobEvent.CANCEL: JobState.CANCELLED,
+    },
+    JobState.RUNNING: {
+        JobEvent.START: JobState.RUNNING,
+        JobEvent.COMPLETE: JobState.COMPLETED,
+        JobEvent.FAIL: JobState.FAILED,
+        JobEvent.CANCEL: JobState.CANCELLED,
+    },
+    JobState.COMPLETED: {},
+    JobState.FAILED: {},
+    JobState.CANCELLED: {},
+}
 
 
 def next_task_state(state: TaskState, event: TaskEvent) -> TaskState:
     """Raises IllegalTransition."""
     try:
-        return TASK_TRANSITIONS[state, event]
+        return TASK_TRANSITIONS[state][event]
     except KeyError:
-        raise IllegalTransition(state, event) from None
+        raise IllegalTransition(f"task: {event} in state {state}") from None
 
 
 def next_job_state(state: JobState, event: JobEvent) -> JobState:
     """Raises IllegalTransition."""
     try:
-        return JOB_TRANSITIONS[state, event]
+        return JOB_TRANSITIONS[state][event]
     except KeyError:
-        raise IllegalTransition(state, event) from None
+        raise IllegalTransition(f"job: {event} in state {state}") from None
+
+
+def job_end(states: list[TaskState]) -> JobEvent | None:
+    """How a job ends once all of its tasks did: failed before cancelled before completed; None = not yet."""
+    if not all(state.terminal for state in states):
+        return None
+    if TaskState.FAILED in states:
+        return JobEvent.FAIL
+    return JobEvent.CANCEL if TaskState.CANCELLED in states else JobEvent.COMPLETE

@@ -1,0 +1,21 @@
+"""Prometheus metrics of the fleet room, prefix `deepflow_fleet_`."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+EXECUTORS = Gauge(
+    "deepflow_fleet_executors", "Known executors by link state.", ["link"], multiprocess_mode="livemax"
+)
+TASKS = Gauge("deepflow_fleet_stream_tasks", "Tasks open on streams.", multiprocess_mode="livesum")
+SEND_QUEUE = Gauge("deepflow_fleet_send_queue", "Messages not yet written.", multiprocess_mode="livesum")
+LINKS = Counter("deepflow_fleet_links_total", "Streams by what happened to them.", ["event"])
+TASKS_LOST = Counter("deepflow_fleet_tasks_lost_total", "Tasks that were open on a stream that ended.")
+EVENTS = Counter("deepflow_fleet_step_events_total", "Step events received.")
+REGISTRY_READS = Counter("deepflow_fleet_registry_reads_total", "Reads of the registry.", ["outcome"])
+REGISTRY_AGE = Gauge(
+    "deepflow_fleet_registry_age_seconds", "Since the registry was last read.", multiprocess_mode="livemax"
+)
+PREFIX_BLOCKS = Gauge(
+    "deepflow_fleet_prefix_blocks", "Block identities in the prefix index.", multiprocess_mode="livesum"
+)
+PREFIX_GAPS = Counter("deepflow_fleet_prefix_gaps_total", "Cache events that showed a gap.")
+CONNECT_SECONDS = Histogram("deepflow_fleet_connect_seconds", "Stream opened until welcome.")

@@ -1,0 +1,242 @@
+"""`FleetView`: every executor this gateway knows, as one thing.
+
+The job executor takes snapshots from it for `scheduling`, submits and aborts through it, and is told of
+changes; the gateway lists it. It owns the registry reader and a channel per executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from deepflow.v1.worker_pb2 import ExecutorRecord, StepEvent, SubmitTask, Welcome
+from redis.asyncio import Redis
+
+from controlplane.fleet import metrics
+from controlplane.fleet.channel import (
+    ChannelSettings,
+    ExecutorChannel,
+    Link,
+    LinkUnavailable,
+    TaskListener,
+)
+from controlplane.fleet.member import Member, Unreported
+from controlplane.fleet.registry import Registry
+from controlplane.scheduling.prefix import PrefixIndex
+from controlplane.scheduling.types import ClusterView
+
+EAGER_EXECUTORS = 64
+"""Streams are opened at discovery up to so many executors, beyond at first use (ours: a stream costs both
+sides a connection and a load report a second)."""
+
+log = logging.getLogger(__name__)
+
+
+class FleetView:
+    """Use inside one event loop; `run` until cancelled."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        settings: ChannelSettings,
+        *,
+        poll_seconds: float = 1.0,
+        eager: int = EAGER_EXECUTORS,
+        prefix_blocks: int = 262_144,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.registry = Registry(redis, self._take_records, poll_seconds=poll_seconds)
+        self.prefixes = PrefixIndex(prefix_blocks)
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a task that found no executor may find one now."""
+        self._settings = settings
+        self._eager = eager
+        self._clock = clock
+        self._members: dict[str, Member] = {}
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._group: asyncio.TaskGroup | None = None
+
+    # -- reading -------------------------------------------------------------------------------------
+
+    def executors(self) -> list[dict[str, Any]]:
+        """For the HTTP API: record, load and link state of each, by id."""
+        now = self._clock()
+        return [self._members[te_id].to_json(now) for te_id in sorted(self._members)]
+
+    def cluster_view(self, model_revision: str) -> ClusterView:
+        """A snapshot of the executors that hold the revision."""
+        now = self._clock()
+        return ClusterView(
+            tuple(
+                member.view(now)
+                for member in self._members.values()
+                if member.record.model_revision == model_revision
+            )
+        )
+
+    def can_serve(self, model_revision: str) -> bool:
+        return any(
+            member.serves and member.record.model_revision == model_revision
+            for member in self._members.values()
+        )
+
+    def block_tokens(self, model_revision: str) -> int | None:
+        """Tokens per block of the revision's executors; None if they differ or there is none."""
+        sizes = {
+            member.record.block_tokens
+            for member in self._members.values()
+            if member.record.model_revision == model_revision and member.record.block_tokens
+        }
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def cached_blocks(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        return self.prefixes.match(hashes)
+
+    def link(self, te_id: str) -> Link:
+        member = self._members.get(te_id)
+        return member.channel.link if member is not None else Link.CLOSED
+
+    # -- tasks ---------------------------------------------------------------------------------------
+
+    def submit(
+        self, te_id: str, incarnation: str, task: SubmitTask, listener: TaskListener, *, uncached_tokens: int
+    ) -> None:
+        """Raises LinkUnavailable if that executor process cannot be sent to now."""
+        member = self._members.get(te_id)
+        if member is None or member.record.incarnation != incarnation:
+            raise LinkUnavailable(f"executor {te_id} is gone")
+        member.channel.submit(task, listener)
+        tokens = (len(task.prompt_tokens) + len(task.output_tokens)) // 4
+        blocks = -(-tokens // (member.record.block_tokens or 16))
+        member.submitted((task.task_id, task.attempt), Unreported(self._clock(), uncached_tokens, blocks))
+
+    def abort(self, te_id: str, task_id: str, attempt: int, reason: str) -> None:
+        """Does nothing if the executor is gone: it drops this gateway's tasks with the stream."""
+        member = self._members.get(te_id)
+        if member is not None:
+            member.heard((task_id, attempt))
+            member.channel.abort(task_id, attempt, reason)
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                group.create_task(self._count(), name="fleet-metrics")
+                await self.registry.run()
+            finally:
+                self._group = None
+                for task in (*self._runs.values(), *self._closing):
+                    task.cancel()
+
+    def _take_records(self, records: Mapping[str, ExecutorRecord]) -> None:
+        for te_id, member in list(self._members.items()):
+            member.listed = te_id in records
+            # A lease can lapse (Redis came back empty) while the stream shows the executor alive.
+            if not member.listed and member.channel.link not in (Link.UP, Link.SUSPECT):
+                self._remove(te_id)
+        for te_id, record in records.items():
+            known = self._members.get(te_id)
+            if known is not None and known.record.incarnation != record.incarnation:
+                if record.started_unix_ms < known.record.started_unix_ms and known.channel.link is Link.UP:
+                    continue  # a late write of the process before
+                self._remove(te_id)
+                known = None
+            if known is None:
+                self._add(record)
+                continue
+            changed = known.record != record
+            known.record = record
+            if changed:
+                self.on_change()
+
+    def _add(self, record: ExecutorRecord) -> None:
+        if self._group is None:
+            return
+        te_id = record.te_id
+        channel = ExecutorChannel(
+            record,
+            self._settings,
+            on_welcome=lambda welcome: self._welcomed(channel, welcome),
+            on_step=lambda step: self._stepped(channel, step),
+            on_link=lambda link: self._link_changed(channel, link),
+            clock=self._clock,
+            lazy=len(self._members) >= self._eager,
+        )
+        self._members[te_id] = Member(record, channel)
+        self._runs[te_id] = self._group.create_task(self._run_channel(channel), name=f"channel-{te_id}")
+        log.info("executor %s found at %s", te_id, record.address)
+
+    async def _run_channel(self, channel: ExecutorChannel) -> None:
+        """A task boundary: one broken channel must not end the others."""
+        while True:
+            try:
+                await channel.run()
+            except Exception:  # reported; the channel starts over
+                log.exception("the channel to executor %s failed", channel.te_id)
+                metrics.LINKS.labels("failed").inc()
+                await asyncio.sleep(self._settings.backoff_max)
+
+    def _remove(self, te_id: str) -> None:
+        log.info("executor %s (%s) left", te_id, self._members[te_id].record.address)
+        del self._members[te_id]
+        self.prefixes.drop(te_id)
+        task = self._runs.pop(te_id)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        task.cancel()
+
+    def _member_of(self, channel: ExecutorChannel) -> Member | None:
+        """None for a channel whose executor was replaced or left."""
+        member = self._members.get(channel.te_id)
+        return member if member is not None and member.channel is channel else None
+
+    def _welcomed(self, channel: ExecutorChannel, welcome: Welcome) -> None:
+        member = self._member_of(channel)
+        if member is not None:
+            member.reported(welcome.load, self._clock())
+
+    def _stepped(self, channel: ExecutorChannel, step: StepEvent) -> None:
+        te_id, member = channel.te_id, self._member_of(channel)
+        if member is None:
+            return
+        for delta in step.deltas:
+            member.heard((delta.task_id, delta.attempt))
+        if step.HasField("kv_events"):
+            events = step.kv_events
+            if not self.prefixes.apply(
+                te_id, events.sequence, events.stored, events.removed, cleared=events.cleared
+            ):
+                metrics.PREFIX_GAPS.inc()
+        if step.HasField("load"):
+            was_draining = member.draining
+            member.reported(step.load, self._clock())
+            if member.draining != was_draining:
+                self.registry.look()
+            self.on_change()
+
+    def _link_changed(self, channel: ExecutorChannel, link: Link) -> None:
+        member = self._member_of(channel)
+        if member is None:
+            return
+        if link in (Link.DOWN, Link.CLOSED):
+            member.lost()
+            self.prefixes.drop(channel.te_id)
+            self.registry.look()  # a new incarnation may be registered already
+        self.on_change()
+
+    async def _count(self) -> None:
+        while True:
+            links = Counter(member.channel.link for member in self._members.values())
+            for link in Link:
+                metrics.EXECUTORS.labels(str(link)).set(links.get(link, 0))
+            metrics.PREFIX_BLOCKS.set(len(self.prefixes))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.sleep(1)

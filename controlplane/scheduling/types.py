@@ -1,0 +1,140 @@
+"""Values of the placement policy. Times in seconds, lengths in tokens or blocks, nothing mutable."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class Role(enum.StrEnum):
+    """What an executor prefers to run; any executor runs anything when it must."""
+
+    COLOCATED = "colocated"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Mode(enum.StrEnum):
+    UNIFIED = "unified"  # one task on one executor
+    DISAGGREGATED = "disaggregated"  # a prefill task now, its decode task placed after handover
+
+
+class PolicyName(enum.StrEnum):
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOADED = "least_loaded"
+    PREFIX_AFFINITY = "prefix_affinity"
+
+
+class Drop(enum.StrEnum):
+    """Why an executor was not a candidate."""
+
+    NOT_READY = "not_ready"
+    REVISION = "other_revision"
+    DRAINING = "draining"
+    LINK = "link_not_up"
+    HUNG = "step_loop_hung"
+    EXCLUDED = "excluded"
+    TOO_LARGE = "too_large"  # it could not hold the sequence even when empty
+    TASKS_FULL = "tasks_full"
+    KV_FULL = "kv_full"
+
+    @property
+    def passes(self) -> bool:
+        """Waiting for running work is enough to make the executor fit."""
+        return self in (Drop.TASKS_FULL, Drop.KV_FULL)
+
+
+class Reason(enum.StrEnum):
+    """Why nothing could be chosen."""
+
+    NO_EXECUTOR = "no_executor"  # none serves the revision now
+    BUSY = "busy"  # some do, and none has headroom
+    TOO_LARGE = "too_large"  # some do, and none could ever hold it
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorView:
+    """One executor now: its last load report plus what was submitted to it since."""
+
+    te_id: str
+    incarnation: str
+    role: Role
+    model_revision: str
+    ready: bool = True
+    draining: bool = False
+    link_up: bool = True
+    step_age_seconds: float = 0.0
+    tasks: int = 0  # waiting and running, unreported ones included
+    max_tasks: int = 256
+    queued_tokens: int = 0  # uncached prompt tokens still to compute
+    prefill_tokens_per_second: float = 0.0  # 0 = nothing seen yet
+    decode_step_seconds: float = 0.0  # 0 = nothing seen yet
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    block_tokens: int = 16
+    max_model_len: int = 0  # 0 = unknown
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    executors: tuple[ExecutorView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What placement needs to know of one task."""
+
+    model_revision: str
+    tokens: int  # prompt and output so far: what must be in the KV cache
+    output_left: int = 1  # tokens still to sample at most
+    unified_only: bool = False
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)  # te_id -> leading tokens in its cache
+    excluded: frozenset[str] = frozenset()  # avoided while another executor serves the revision
+    never: frozenset[str] = frozenset()  # cannot run it
+    prefer: str | None = None  # where siblings run: taken while within the load bound
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What changes from call to call: a turn for round robin, a seed for ties."""
+
+    turn: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    name: PolicyName = PolicyName.PREFIX_AFFINITY
+    min_uncached_tokens: int = 0
+    """Prompts with fewer uncached tokens run unified. 0: disaggregate whenever both roles are fit
+    (ours; the threshold that pays depends on the link between the roles)."""
+    max_step_age_seconds: float = 10.0
+    """An engine's step aims below 0.5 s; twenty of them without a turn is a hung loop (ours)."""
+    affinity_slack_seconds: float = 1.0
+    affinity_slack_ratio: float = 1.5
+    """A cached prefix is followed while the executor's queue is at most ratio x shortest + slack (ours)."""
+    default_prefill_rate: float = 2000.0
+    """Tokens per second assumed before an executor reported one (ours: it only ranks empty executors)."""
+    default_step_seconds: float = 0.05
+    decode_growth_tokens: int = 64
+    """Room beyond the present length asked of a decode executor (ours: four blocks before preemption)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a task goes, and why: for job records, metrics and the twin."""
+
+    mode: Mode
+    te_id: str
+    incarnation: str
+    cached_tokens: int
+    reason: str
+    scores: Mapping[str, float]  # candidates: estimated seconds until the task would run
+    dropped: Mapping[str, Drop]
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaceable:
+    reason: Reason
+    dropped: Mapping[str, Drop]
