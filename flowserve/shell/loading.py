@@ -1,0 +1,199 @@
+"""From a path and a revision to a running engine, on a worker thread; and the typed ways it fails."""
+
+from __future__ import annotations
+
+import enum
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from flowserve.engine.types import KVHandover, Role, StepEvent
+
+if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
+    from flowserve.engine.engine import Engine
+    from flowserve.executor.interface import Executor
+    from flowserve.rtc import RTC
+    from flowserve.shell.settings import Settings
+    from kvtransfer.pool import BlockStore
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("bfloat16", "float16", "float32", "auto")
+DEFAULT_KV_BYTES = 256 << 20
+"""Of a LoadModel that names no size (ours): 5,800 tokens of the default model in bfloat16."""
+STOP_ENGINE_SECONDS = 5.0
+"""Ten times the bound of a step."""
+
+
+class LoadReason(enum.Enum):
+    NOT_FOUND = "not_found"
+    UNSUPPORTED = "unsupported"
+    NO_MEMORY = "no_memory"
+    STOPPED = "stopped"
+    INTERNAL = "internal"
+
+
+class LoadFailed(Exception):
+    """No model was loaded and nothing of it is held."""
+
+    def __init__(self, reason: LoadReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """What to load. Equal specs are the same model."""
+
+    revision: str
+    path: str
+    dtype: str = "auto"
+    kv_cache_bytes: int = DEFAULT_KV_BYTES
+    max_model_len: int = 0  # 0 = the model's own
+    tensor_parallel: int = 1
+
+    def check(self) -> None:
+        """Raises LoadFailed for what cannot be loaded anywhere."""
+        if not 0 < len(self.revision) <= 256:
+            raise LoadFailed(LoadReason.UNSUPPORTED, "model_revision must have 1 to 256 characters")
+        if not self.path or "\0" in self.path:
+            raise LoadFailed(LoadReason.UNSUPPORTED, "path must name a file or folder")
+        if self.dtype not in DTYPES:
+            raise LoadFailed(LoadReason.UNSUPPORTED, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.tensor_parallel != 1:
+            raise LoadFailed(LoadReason.UNSUPPORTED, "tensor_parallel above 1 is not served by this executor")
+        if not os.path.exists(self.path):
+            raise LoadFailed(LoadReason.NOT_FOUND, f"no model at {self.path}")
+        free = available_memory()
+        if self.kv_cache_bytes > free:
+            raise LoadFailed(
+                LoadReason.NO_MEMORY,
+                f"a KV pool of {self.kv_cache_bytes} bytes does not fit {free} free bytes",
+            )
+
+
+@dataclass(slots=True)
+class Model:
+    """A loaded model: its executor, cache and running engine."""
+
+    spec: LoadSpec
+    executor: Executor
+    cache: RTC
+    engine: Engine
+    store: BlockStore
+    load_seconds: float = 0.0
+
+    @property
+    def num_blocks(self) -> int:
+        return self.store.num_blocks
+
+    @property
+    def block_tokens(self) -> int:
+        return self.store.layout.block_tokens
+
+    @property
+    def max_model_len(self) -> int:
+        return self.executor.info.max_model_len
+
+    @property
+    def dtype(self) -> str:
+        return self.executor.info.dtype
+
+    def close(self) -> bool:
+        """Ends the engine, then gives memory back. False: a step hangs, so nothing was given back."""
+        if not self.engine.stop(STOP_ENGINE_SECONDS):
+            log.error("the engine did not stop in %.0f s", STOP_ENGINE_SECONDS)
+            return False
+        self.cache.close()
+        self.executor.close()
+        return True
+
+
+class Loader:
+    """Builds models for one process. `preload` makes the first load cheap."""
+
+    def __init__(
+        self, settings: Settings, handover: KVHandover, on_event: Callable[[StepEvent], None]
+    ) -> None:
+        self._settings = settings
+        self._handover = handover
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._preloaded = False
+
+    def preload(self) -> None:
+        """Imports the libraries and readies them. Blocks; repeatable, from any thread."""
+        with self._lock:
+            if self._preloaded:
+                return
+            import torch
+
+            import flowserve.engine.engine
+            import flowserve.executor.local
+            import flowserve.rtc  # noqa: F401  what a load needs
+
+            torch.set_num_threads(self._settings.threads)
+            gc.collect()
+            gc.freeze()  # what was imported is never garbage: collections need not look at it again
+            self._preloaded = True
+
+    def __call__(self, spec: LoadSpec, role: Role) -> Model:
+        """Loads and starts. Raises LoadFailed; other errors are the loader's own."""
+        spec.check()
+        self.preload()
+        from flowserve.engine.config import EngineConfig
+        from flowserve.engine.engine import Engine
+        from flowserve.executor.local import open_executor
+        from flowserve.rtc import RTC
+        from kvtransfer.pool import PoolError
+
+        settings = self._settings
+        try:
+            executor = open_executor(
+                Path(spec.path),
+                revision=spec.revision,
+                device=settings.device,
+                dtype=spec.dtype,
+                kv_cache_bytes=spec.kv_cache_bytes or DEFAULT_KV_BYTES,
+                block_tokens=settings.block_tokens,
+                max_model_len=spec.max_model_len or None,
+                threads=settings.threads,
+            )
+        except FileNotFoundError as error:
+            raise LoadFailed(LoadReason.NOT_FOUND, str(error)) from error
+        except (MemoryError, PoolError) as error:
+            raise LoadFailed(LoadReason.NO_MEMORY, str(error) or "out of memory") from error
+        except ValueError as error:
+            raise LoadFailed(LoadReason.UNSUPPORTED, str(error)) from error
+        cache = RTC(executor.store, host_bytes=settings.host_cache_bytes)
+        config = EngineConfig(
+            max_tasks=settings.max_tasks,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            chunked_prefill=settings.chunked_prefill,
+            enable_prefix_cache=settings.prefix_cache,
+        )
+        engine = Engine(executor, cache, config, handover=self._handover, on_event=self._on_event)
+        engine.set_role(role)
+        engine.start()
+        gc.collect()
+        gc.freeze()
+        return Model(spec, executor, cache, engine, executor.store)
+
+
+def available_memory() -> int:
+    """Bytes that can be had now: the host's, or what the control group leaves if that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, int(limit) - used)) if limit.isdecimal() else free

@@ -1,0 +1,179 @@
+"""Command line and environment of a TE, checked. Imports nothing heavy: it runs before torch."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
+PARENT_DEATH_ENV = "DEEPFLOW_PARENT_DEATH"
+# Under the grace of whoever stops us (local supervisor: 15 s, Kubernetes: 30 s), so that the
+# registration is taken back and streams end with a reason before a SIGKILL.
+DEFAULT_DRAIN_SECONDS = 10.0
+# A step is bounded to 0.5 s; sixty times that is no slow step (ours).
+DEFAULT_WATCHDOG_SECONDS = 30.0
+_TE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class SettingsError(Exception):
+    """The process cannot start like this; `str()` says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    host: str
+    port: int  # 0 = any free one
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one executor process is told. Names of roles and devices are checked by their rooms."""
+
+    te_id: str
+    listen: Endpoint
+    advertise_host: str
+    token: str
+    redis_url: str = ""
+    endpoint_file: Path | None = None
+    metrics_listen: Endpoint | None = None
+    shm_dir: Path | None = None
+    role: str = "colocated"
+    device: str = "cpu"
+    threads: int = 1
+    kv_transport: str = "auto"
+    lease_seconds: float = 30.0
+    host_cache_bytes: int = 0
+    block_tokens: int = 16
+    max_tasks: int = 256
+    max_running: int = 64
+    max_batch_tokens: int = 512
+    chunked_prefill: bool = True
+    prefix_cache: bool = True
+    drain_seconds: float = DEFAULT_DRAIN_SECONDS
+    watchdog_seconds: float = DEFAULT_WATCHDOG_SECONDS
+    parent_death: bool = False
+    log_level: str = "info"
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """ "host:port", "[v6]:port". Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return Endpoint(host, int(port))
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flowserve.shell",
+        description="A task executor: starts warm, loads a model on request, runs its tasks.",
+    )
+    add = parser.add_argument
+    add("--te-id", required=True, help="name in the registry; letters, digits, '.', '_', '-'")
+    add("--listen", default="127.0.0.1:0", help="HOST:PORT of the gRPC server, port 0 = any")
+    add("--advertise-host", default="", help="host that peers reach it at (default: the listen host)")
+    add("--endpoint-file", type=Path, help="JSON with the address, written when serving")
+    add("--redis-url", default="", help="registry (default: $REDIS_URL); none = not registered")
+    add("--role", default="colocated", choices=("colocated", "prefill", "decode"))
+    add("--device", default="cpu", help="cpu, cuda[:N], npu[:N]")
+    add("--threads", type=int, default=0, help="compute threads (default: the cores it may use)")
+    add("--metrics-listen", default="127.0.0.1:0", help="HOST:PORT of /metrics; 'off' = none")
+    add("--shm-dir", type=Path, help="folder of the sockets that pass KV pools on this host")
+    add("--kv-transport", default="auto", choices=("auto", "grpc", "shm"))
+    add("--lease-seconds", type=float, default=30.0, help="how long KV stays on offer unless renewed")
+    add("--host-cache-bytes", type=int, default=0, help="host tier of the prefix cache")
+    add("--block-tokens", type=int, default=16)
+    add("--max-tasks", type=int, default=256, help="bound of waiting and running tasks")
+    add("--max-running", type=int, default=64)
+    add("--max-batch-tokens", type=int, default=512)
+    add("--no-chunked-prefill", action="store_true", help="whole prompts in one step")
+    add("--no-prefix-cache", action="store_true")
+    add("--drain-seconds", type=float, default=DEFAULT_DRAIN_SECONDS, help="bound of the drain on SIGTERM")
+    add("--watchdog-seconds", type=float, default=DEFAULT_WATCHDOG_SECONDS, help="a hung engine's age")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
+    """Raises SettingsError; argparse itself exits for unknown options and `--help`."""
+    args = _parser().parse_args(argv)
+    if not _TE_ID.fullmatch(args.te_id):
+        raise SettingsError(f"--te-id {args.te_id!r}: letters, digits, '.', '_' and '-' only, at most 128")
+    for name in ("block_tokens", "max_tasks", "max_running", "max_batch_tokens"):
+        if getattr(args, name) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} must be positive, is {getattr(args, name)}")
+    for name in ("lease_seconds", "watchdog_seconds"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise SettingsError(f"--{name.replace('_', '-')} must be positive, is {getattr(args, name)}")
+    if args.drain_seconds < 0 or args.threads < 0 or args.host_cache_bytes < 0:
+        raise SettingsError("--drain-seconds, --threads and --host-cache-bytes must not be negative")
+    if args.max_running > args.max_batch_tokens:
+        raise SettingsError("--max-running must not exceed --max-batch-tokens: each decode takes one token")
+    try:
+        listen = parse_endpoint(args.listen)
+        metrics = None if args.metrics_listen == "off" else parse_endpoint(args.metrics_listen)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    token = env.get(TOKEN_ENV, "")
+    if not token and not is_loopback(listen.host):
+        raise SettingsError(
+            f"--listen {listen} can be reached from other hosts: set {TOKEN_ENV}, or listen on 127.0.0.1"
+        )
+    advertise = args.advertise_host or listen.host
+    if _is_wildcard(advertise):
+        raise SettingsError(f"peers cannot reach {advertise}: give --advertise-host (in a pod: its IP)")
+    return Settings(
+        te_id=args.te_id,
+        listen=listen,
+        advertise_host=advertise,
+        token=token,
+        redis_url=args.redis_url or env.get("REDIS_URL", ""),
+        endpoint_file=args.endpoint_file,
+        metrics_listen=metrics,
+        shm_dir=args.shm_dir,
+        role=args.role,
+        device=args.device,
+        threads=args.threads or available_cores(),
+        kv_transport=args.kv_transport,
+        lease_seconds=args.lease_seconds,
+        host_cache_bytes=args.host_cache_bytes,
+        block_tokens=args.block_tokens,
+        max_tasks=args.max_tasks,
+        max_running=args.max_running,
+        max_batch_tokens=args.max_batch_tokens,
+        chunked_prefill=not args.no_chunked_prefill,
+        prefix_cache=not args.no_prefix_cache,
+        drain_seconds=args.drain_seconds,
+        watchdog_seconds=args.watchdog_seconds,
+        parent_death=env.get(PARENT_DEATH_ENV) == "1",
+        log_level=args.log_level,
+    )
