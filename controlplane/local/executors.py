@@ -19,7 +19,7 @@ import grpc
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from controlplane.local import metrics
-from controlplane.local.children import Child
+from controlplane.local.children import Child, backoff_seconds
 from controlplane.local.settings import read_json, write_atomically
 from controlplane.local.topology import RoleName
 
@@ -35,6 +35,9 @@ ENDPOINT_TIMEOUT_SECONDS = 180.0
 # No answer, or a step loop that stands still with work to do, for this long: the process is replaced.
 UNRESPONSIVE_SECONDS = 60.0
 HUNG_STEP_SECONDS = 120.0
+
+# A load refused so will be refused again: the model is not there, or is none that this engine runs.
+HOPELESS = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT}
 
 ROLES = {
     RoleName.COLOCATED: common_pb2.ROLE_COLOCATED,
@@ -92,6 +95,8 @@ class Executor:
         self.target: ModelTarget | None = None
         self.ready = False
         self.message = ""
+        self.load_failures = 0  # in a row
+        self.load_hopeless = False  # the last one was the model's or the request's fault
         self.address = ""
         self.metrics_url = ""
         self.status: worker_pb2.ExecutorStatus | None = None
@@ -195,7 +200,19 @@ class Executor:
             max_model_len=target.max_model_len,
             tensor_parallel=1,
         )
-        loaded = await stub.LoadModel(request, metadata=self._metadata, timeout=LOAD_TIMEOUT_SECONDS)
+        try:
+            loaded = await stub.LoadModel(request, metadata=self._metadata, timeout=LOAD_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise  # the process ended, which is not the model's fault
+            self.load_failures += 1
+            self.load_hopeless = error.code() in HOPELESS
+            wait = backoff_seconds(self.load_failures)
+            self._set_ready(False, f"cannot load {target.model_id}: {error.details()}")
+            log.warning("%s %s; trying again in %.1f s", self.te_id, self.message, wait)
+            await asyncio.sleep(wait)
+            return
+        self.load_failures = 0
         log.info("%s loaded %s in %.1f s: %d KV blocks of %d tokens, context %d",
                  self.te_id, target.revision, loaded.load_seconds, loaded.kv_blocks, loaded.block_tokens,
                  loaded.max_model_len)  # fmt: skip

@@ -254,13 +254,17 @@ class Supervisor:
                 self._step(f"{model.id} answers")
 
     def _check_children(self) -> None:
-        """Gives up on a start in which a child keeps ending."""
+        """Gives up on a start in which a child keeps ending, or a model cannot be loaded."""
         for child in self._children:
             if child.restarts >= START_ATTEMPTS:
                 raise StackError(
                     f"{child.spec.name} {child.last_exit}, {child.restarts} times; "
                     f"the end of {child.spec.log}:\n{child.log_tail()}"
                 )
+
+        for executor in self._executors.values():
+            if executor.load_failures >= (1 if executor.load_hopeless else START_ATTEMPTS):
+                raise StackError(f"{executor.te_id} {executor.message}")
 
     def _waiting_for(self) -> str:
         waiting = [f"{e.te_id}: {e.message or 'starts'}" for e in self._executors.values() if not e.ready]

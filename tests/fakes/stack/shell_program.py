@@ -1,6 +1,6 @@
 """A stand-in for the TE-shell: the TaskExecutor service with a model and a role, and no engine.
 
-`FAKE_SHELL=crash` ends it at once; `FAKE_SHELL=stubborn` ignores SIGTERM.
+`FAKE_SHELL=crash` ends it at once, `unsupported` refuses every model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Shell(worker_pb2_grpc.TaskExecutorServicer):
         metadata = dict(context.invocation_metadata())
         if metadata["authorization"] != f"Bearer {os.environ['DEEPFLOW_CLUSTER_TOKEN']}":
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
-        assert os.path.exists(request.path)
+        if os.environ.get("FAKE_SHELL") == "unsupported":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "architecture 'x' is not supported")
         self.revision = request.model_revision
         return worker_pb2.LoadModelResponse(model_revision=self.revision, kv_blocks=10, block_tokens=16)
 
@@ -51,8 +52,7 @@ async def main() -> None:
     for name in ("te-id", "listen", "endpoint-file", "redis-url", "role", "device", "threads", "shm-dir"):
         parser.add_argument(f"--{name}", required=True)
     arguments = parser.parse_args()
-    behaviour = os.environ.get("FAKE_SHELL", "")
-    if behaviour == "crash":
+    if os.environ.get("FAKE_SHELL") == "crash":
         sys.exit("no such device")
     server = grpc.aio.server()
     worker_pb2_grpc.add_TaskExecutorServicer_to_server(Shell(arguments.te_id), server)
@@ -64,9 +64,7 @@ async def main() -> None:
     os.replace(arguments.endpoint_file + ".new", arguments.endpoint_file)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(
-            number, stop.set if behaviour != "stubborn" else lambda: None
-        )
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await stop.wait()
     await server.stop(0)
 

@@ -170,6 +170,14 @@ async def test_an_executor_that_cannot_start_ends_the_start_with_its_log(
     assert not StatePaths(settings.state_dir).run.exists()
 
 
+async def test_a_model_that_no_executor_can_load_ends_the_start(
+    settings: StackSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SHELL", "unsupported")
+    with pytest.raises(StackError, match=r"te-[01] cannot load small: architecture 'x' is not supported"):
+        await Supervisor(settings).run()
+
+
 async def test_a_stop_during_the_start_ends_everything(settings: StackSettings) -> None:
     supervisor = Supervisor(settings)
     task = asyncio.create_task(supervisor.run())
