@@ -34,6 +34,19 @@ def _no_nul(value: str) -> str:
     return value
 
 
+def _integral(value: object) -> object:
+    """JSON has one kind of number: 5.0 is an integer there. Beyond 2**53 a float may stand for another."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value
+
+
+def _integrals(value: object) -> object:
+    if isinstance(value, list) and any(type(item) is float for item in value):
+        return [_integral(item) for item in value]
+    return value
+
+
 def _few_biases(value: object) -> object:
     if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
         raise ValueError(f"must not have more than {MAX_LOGIT_BIAS} entries")
@@ -66,10 +79,10 @@ Stop = Annotated[
 ]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
 # Stops at the first wrong element: a long list must not make a long list of errors.
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), BeforeValidator(_integrals)]
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1, le=MAX_INT)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_INT), BeforeValidator(_integral)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_INT), BeforeValidator(_integral)]
 Penalty = Annotated[float, Field(strict=True, ge=-2, le=2, allow_inf_nan=False)]
 # Any JSON value: documented, meaningless here.
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
@@ -96,10 +109,10 @@ class SamplingFields(_Wire):
     """Fields that chat and text completions share. Extensions to OpenAI's API are marked so."""
 
     model: Name
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_N), BeforeValidator(_integral)] | None = None
     temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=-1, le=MAX_INT)] | None = Field(
+    top_k: Annotated[int, Field(strict=True, ge=-1, le=MAX_INT), BeforeValidator(_integral)] | None = Field(
         None, description="Extension. 0 or -1 turns it off."
     )
     min_p: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = Field(
@@ -110,10 +123,12 @@ class SamplingFields(_Wire):
     )
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1), BeforeValidator(_integral)] | None = (
+        None
+    )
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
-        None, description="Extension."
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64), BeforeValidator(_integrals)] | None = (
+        Field(None, description="Extension.")
     )
     logit_bias: (
         Annotated[
@@ -196,7 +211,9 @@ class ChatCompletionRequest(SamplingFields):
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: Flag | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: (
+        Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_integral)] | None
+    ) = None
     # Documented and meaningful, accepted only with values that ask for what happens anyway.
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -221,10 +238,12 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: (
+        Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_integral)] | None
+    ) = None
     echo: Flag | None = None
     # Documented and meaningful: only values that ask for what happens anyway.
-    best_of: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=1), BeforeValidator(_integral)] | None = None
     suffix: Literal[""] | None = None
 
 
@@ -245,7 +264,7 @@ class DetokenizeRequest(_Wire):
     """`POST /v1/detokenize`."""
 
     model: Name
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), BeforeValidator(_integrals)]
 
 
 # What a refused value of these fields means; others are explained by their bounds.

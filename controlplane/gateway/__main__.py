@@ -100,7 +100,10 @@ def _listen(arguments: argparse.Namespace) -> socket.socket:
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((arguments.host, arguments.port))
+    try:
+        listening.bind((arguments.host, arguments.port))
+    except OSError as error:
+        sys.exit(f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror}")
     listening.setblocking(False)
     return listening
 

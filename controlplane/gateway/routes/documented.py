@@ -40,7 +40,7 @@ def answers(
         ok["model"] = model
     if stream:
         ok["description"] = "The answer; with `stream: true`, server-sent events that end with `[DONE]`."
-        ok["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        ok["content"] = {"text/event-stream": {}}
     documented: dict[int | str, dict[str, Any]] = {200: ok}
     for status in errors:
         documented[status] = {"description": _MEANINGS[status], "model": ErrorResponse}

@@ -8,7 +8,7 @@ import time
 
 import orjson
 
-from tests.integration.gateway.conftest import MODEL, StartStack, Stack
+from tests.integration.gateway.conftest import MODEL, Stack, StartStack
 from tests.support.http_client import stream
 
 PATH = "/v1/completions"
@@ -126,7 +126,9 @@ async def test_drain_lets_streams_end_then_cuts_them(start: StartStack) -> None:
     stack = await start(drain_seconds=1)
     stack.executor.delay = 0.1
     short = asyncio.create_task(stream("127.0.0.1", stack.port, PATH, payload()))
-    stack.executor.script = lambda request, index: [500] * 1000 if request.max_output_tokens > 16 else [500, 600, 2]
+    stack.executor.script = lambda request, index: (
+        [500] * 1000 if request.max_output_tokens > 16 else [500, 600, 2]
+    )
     long = asyncio.create_task(stream("127.0.0.1", stack.port, PATH, payload(max_tokens=900)))
     await until(lambda: len(stack.executor.jobs) == 2)
     await asyncio.sleep(0.2)

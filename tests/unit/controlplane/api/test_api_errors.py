@@ -10,7 +10,8 @@ from controlplane.api.errors import ApiError, ErrorResponse, context_length_exce
 @pytest.mark.parametrize(
     ("status", "kind"),
     [(400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
-     (404, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"), (504, "timeout_error")],
+     (404, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"),
+     (504, "timeout_error")],
 )  # fmt: skip
 def test_every_error_has_openais_shape(status: int, kind: str) -> None:
     body = ApiError(status, "why", param="p", code="c").body()

@@ -11,7 +11,7 @@ import pytest
 
 from controlplane.gateway.keys import KeyLimits, create_key, list_keys, revoke_key
 from controlplane.local.valkey import ValkeyServer
-from tests.integration.gateway.conftest import MODEL, StartStack, Stack
+from tests.integration.gateway.conftest import MODEL, Stack, StartStack
 
 
 async def ask(stack: Stack, key: str) -> str:

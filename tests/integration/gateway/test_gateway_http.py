@@ -12,8 +12,8 @@ import pytest
 
 from tests.integration.gateway.conftest import (
     MODEL,
-    StartStack,
     Stack,
+    StartStack,
     catalogue_entry,
     write_catalogue,
 )
@@ -145,6 +145,9 @@ async def test_documented_fields_without_effect_are_accepted(stack: Stack) -> No
     async with stack.http() as http:
         answer = await http.post(CHAT, json={"model": MODEL, "messages": USER, **ignored})
         assert answer.status_code == 200, answer.text
+        whole = {"n": 1.0, "max_tokens": 5.0, "seed": -3.0}
+        answer = await http.post(TEXT, json={"model": MODEL, "prompt": [5.0, 6], **whole})
+        assert answer.status_code == 200, "JSON has one kind of number"
         parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
         roles = ["developer", "user", "assistant", "tool"]
         messages = [{"role": role, "content": parts} for role in roles]
