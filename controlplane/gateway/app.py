@@ -46,7 +46,8 @@ def serving_runtime(settings: GatewaySettings) -> AbstractAsyncContextManager[Ru
     """The real one: job executor, job store and fleet over Redis and gRPC."""
     from controlplane.jobs.runtime import RuntimeSettings, ServingRuntime
 
-    return ServingRuntime(RuntimeSettings(gateway_id=settings.gateway_id, redis_url=settings.redis_url))
+    overrides = {"gateway_id": settings.gateway_id, "redis_url": settings.redis_url}
+    return ServingRuntime(RuntimeSettings.from_env(overrides=overrides))
 
 
 def create_app(
