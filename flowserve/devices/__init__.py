@@ -1,1 +1,94 @@
-""""""
+"""Devices behind one small interface: nothing outside this folder names a device type.
+
+A device makes the KV pool (a tensor and the BlockStore that transfers see) and the model that computes
+in it. `open_device("cpu" | "cuda" | "cuda:1" | "npu")` is the only way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from flowserve.executor.batch import RaggedBatch
+from flowserve.models.config import ModelConfig
+from flowserve.models.weights import WeightSource
+from kvtransfer.layout import KVLayout
+from kvtransfer.pool import BlockStore
+
+
+class DeviceUnavailable(ValueError):
+    """The named device is unknown or not there; the message says what is missing."""
+
+
+class Model(Protocol):
+    """A model on one device (`TorchLlama`, `NativeLlama`)."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def forward(self, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [rows, vocab]; KV goes to pages [blocks, layers, 2, kv_heads, block_tokens, dim]."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Pool(Protocol):
+    """KV memory of one executor: `pages` for kernels, `store` for transfers, over the same bytes."""
+
+    @property
+    def pages(self) -> torch.Tensor: ...
+
+    @property
+    def store(self) -> BlockStore: ...
+
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def set_threads(self, threads: int) -> None:
+        """CPU threads for this process's kernels; meaningless where kernels run elsewhere."""
+        ...
+
+    def make_model(
+        self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
+    ) -> Model: ...
+
+    def make_pool(self, layout: KVLayout, num_blocks: int) -> Pool:
+        """Raises kvtransfer.pool.PoolError where the memory cannot be had."""
+        ...
+
+
+def _cpu(index: int) -> Device:
+    from flowserve.devices.cpu import CpuDevice
+
+    return CpuDevice()
+
+
+def _cuda(index: int) -> Device:
+    from flowserve.devices.cuda import CudaDevice
+
+    return CudaDevice(index)
+
+
+def _npu(index: int) -> Device:
+    from flowserve.devices.npu import NpuDevice
+
+    return NpuDevice(index)
+
+
+_DEVICES: dict[str, Callable[[int], Device]] = {"cpu": _cpu, "cuda": _cuda, "npu": _npu}
+
+
+def open_device(name: str) -> Device:
+    """Raises DeviceUnavailable for an unknown name or a device that is not there."""
+    kind, _, index = name.partition(":")
+    if kind not in _DEVICES or (index and not index.isdecimal()):
+        known = ", ".join(_DEVICES)
+        raise DeviceUnavailable(f"device {name!r} is unknown; known are {known}, with :N for the N-th")
+    return _DEVICES[kind](int(index or 0))

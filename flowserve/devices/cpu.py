@@ -1,0 +1,63 @@
+"""CPU cores: the KV pool is a memory file that peers can map, the step is compiled where that is built."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from flowserve.devices import Model
+from flowserve.devices.native.library import NativeLlama, NativeUnavailable
+from flowserve.models.llama import TorchLlama
+from flowserve.models.loader import DTYPES
+from flowserve.models.weights import WeightSource
+from kvtransfer.layout import KVLayout
+from kvtransfer.pool import HostPool
+
+log = logging.getLogger(__name__)
+
+
+class CpuPool:
+    """A tensor over a HostPool's pages, without a copy."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        self.store = HostPool.create(layout, num_blocks)
+        flat = torch.frombuffer(self.store.pages, dtype=DTYPES[layout.dtype])
+        self.pages = flat.view(num_blocks, *layout.shape)
+
+    def close(self) -> None:
+        self.pages = torch.empty(0)
+        self.store.close()
+
+
+class CpuDevice:
+    name = "cpu"
+
+    def set_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
+    def make_model(
+        self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
+    ) -> Model:
+        try:
+            model: Model = NativeLlama(
+                source, dtype=dtype, max_len=max_len, block_tokens=block_tokens, threads=threads
+            )
+        except NativeUnavailable as reason:
+            log.warning("compiled CPU step not used: %s; falling back to torch", reason)
+            model = TorchLlama(source, dtype=matmul_dtype(dtype), device=torch.device("cpu"), max_len=max_len)
+        return model
+
+    def make_pool(self, layout: KVLayout, num_blocks: int) -> CpuPool:
+        return CpuPool(layout, num_blocks)
+
+
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What torch should multiply in for weights of `dtype`.
+
+    Without AVX-512 BF16 (or AMX, or Arm's equivalent) torch multiplies bf16 at a tenth of float32's
+    rate, and float16 always: such weights are widened, which is exact; KV pages keep their dtype.
+    """
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    return torch.float32

@@ -1,0 +1,141 @@
+"""One executor on one device in this process: model, KV pool and sampling behind the `Executor` border."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flowserve.devices import Device, Model, Pool, open_device
+from flowserve.engine.sampling import sample, token_logprobs
+from flowserve.engine.types import TokenLogprobs
+from flowserve.executor.batch import flatten
+from flowserve.executor.interface import ModelInfo, SequenceSlice, SliceResult
+from flowserve.models.errors import UnsupportedModel
+from flowserve.models.loader import open_model, parse_dtype
+from kvtransfer.layout import KVLayout
+from kvtransfer.pool import BlockStore, PoolError
+
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+class LocalExecutor:
+    """Runs batches of one model. Use from one thread."""
+
+    def __init__(self, model: Model, pool: Pool, info: ModelInfo) -> None:
+        self._model = model
+        self._pool = pool
+        self._info = info
+        self._closed = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def store(self) -> BlockStore:
+        """The pool as transfers and the cache see it."""
+        return self._pool.store
+
+    def execute(self, batch: Sequence[SequenceSlice]) -> list[SliceResult]:
+        if not batch:
+            return []
+        ragged = flatten(
+            batch,
+            block_tokens=self.store.layout.block_tokens,
+            num_blocks=self.store.num_blocks,
+            max_len=self._info.max_model_len,
+        )
+        logits = self._model.forward(ragged, self._pool.pages)
+        results = [SliceResult() for _ in batch]
+        row = 0
+        drawn: list[int] = []  # slices that sample
+        last_rows: list[int] = []
+        for index, item in enumerate(batch):
+            if item.prompt_logprobs is not None:
+                scored = logits[row : row + len(item.tokens)]
+                results[index].prompt_logprobs = _score(scored, item)
+                row += len(item.tokens)
+            elif item.sample is not None:
+                row += 1
+            if item.sample is not None:
+                drawn.append(index)
+                last_rows.append(row - 1)
+        if drawn:
+            rows = logits if len(last_rows) == len(logits) else logits[last_rows]
+            specs = [spec for i in drawn if (spec := batch[i].sample) is not None]
+            for index, (token, scores) in zip(drawn, sample(rows, specs), strict=True):
+                results[index].token = token
+                results[index].logprobs = scores
+        return results
+
+    def close(self) -> None:
+        """Frees weights and pool; idempotent. Peers that map the pool notice that it is retired."""
+        if not self._closed:
+            self._closed = True
+            self._model.close()
+            self._pool.close()
+
+
+def _score(logits: torch.Tensor, item: SequenceSlice) -> list[TokenLogprobs]:
+    """Log-probabilities of the tokens after each token of a prompt slice."""
+    following = [*item.tokens[1:], *([item.next_token] if item.next_token is not None else [])]
+    if not following:
+        return []
+    raw = logits[: len(following)].log_softmax(dim=-1)
+    return token_logprobs(raw, following, [item.prompt_logprobs or 0] * len(following))
+
+
+def open_executor(
+    path: str | Path,
+    *,
+    revision: str,
+    device: str = "cpu",
+    dtype: str = "auto",
+    kv_cache_bytes: int = 1 << 30,
+    block_tokens: int = 16,
+    max_model_len: int | None = None,
+    threads: int = 1,
+) -> LocalExecutor:
+    """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`.
+
+    Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
+    DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
+    """
+    where: Device = open_device(device)
+    where.set_threads(threads)
+    source = open_model(path)
+    config = source.config
+    kind = parse_dtype(dtype)
+    max_len = min(max_model_len or config.max_len, config.max_len)
+    if max_model_len is not None and max_model_len > config.max_len:
+        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's {config.max_len}")
+    layout = KVLayout(
+        model_revision=revision,
+        dtype=DTYPE_NAMES[kind],
+        block_tokens=block_tokens,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+    )
+    num_blocks = kv_cache_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise PoolError(f"kv_cache_bytes {kv_cache_bytes} is less than one block of {layout.block_bytes}")
+    model = where.make_model(source, dtype=kind, max_len=max_len, block_tokens=block_tokens, threads=threads)
+    try:
+        pool = where.make_pool(layout, num_blocks)
+    except BaseException:
+        model.close()
+        raise
+    info = ModelInfo(
+        revision=revision,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_model_len=max_len,
+        eos_token_ids=config.eos_token_ids,
+        dtype=layout.dtype,
+    )
+    return LocalExecutor(model, pool, info)

@@ -1,0 +1,31 @@
+"""Builds the compiled CPU step beside the package; everything else stands in pyproject.toml.
+
+The extension is optional: without a C++ compiler, or on another processor family, the install goes
+on and the worker uses plain torch. It is a plain shared library for ctypes, so one build serves every
+Python version.
+"""
+
+from __future__ import annotations
+
+import platform
+
+from setuptools import Extension, setup
+
+extensions = []
+if platform.machine() in ("x86_64", "AMD64"):
+    extensions.append(
+        Extension(
+            "flowserve.devices.native._llama_cpu",
+            sources=["flowserve/devices/native/llama_cpu.cpp"],
+            depends=[
+                f"flowserve/devices/native/{name}.h" for name in ("attention", "gemm", "simd", "threads")
+            ],
+            language="c++",
+            # AVX2 and FMA are the floor; the loader asks the processor before the first call.
+            extra_compile_args=["-O3", "-std=c++17", "-mavx2", "-mfma", "-pthread", "-fvisibility=hidden"],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    )
+
+setup(ext_modules=extensions)
