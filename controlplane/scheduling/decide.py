@@ -1,239 +1,221 @@
-"""The decision: who is fit, which mode, who of them.
+"""Filter, choose the mode, score, pick: one pass over an immutable view.
 
-1. Filter. Right revision, not excluded, ready, not draining, link healthy, step loop alive, room for the
-   task and its KV. Every refusal has a reason (`Why`).
-2. Mode. Prefill and decode are split when the uncached tokens reach the policy's threshold and a prefill
-   and another, decode executor are fit; where colocated executors are fit too, the less queued side wins.
-   Else unified: on colocated executors, then decode ones, then prefill ones: any role can run any kind.
-3. Pick by policy; ties by seeded jitter.
-
-The decode executor is chosen late, when the prefill hands over (`decide_decode`): the view is fresher by
-a whole prefill, and no decode blocks sit reserved meanwhile. The price is that the pull starts only then.
+`decide` places a new (or replayed) task, `decide_decode` the decode task of a finished prefill. The
+choice between unified and disaggregated follows DeepServe's observation that only uncached prompt
+tokens cost prefill time; decode executors are chosen late because load has moved on by then.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Sequence
 
 from controlplane.scheduling.types import (
     ClusterView,
     Decision,
+    Draw,
+    Drop,
     ExecutorView,
-    Kind,
-    Link,
     Mode,
     Policy,
     PolicyName,
+    Reason,
     RequestView,
     Role,
-    Score,
     Unplaceable,
-    Why,
 )
 
-_WHYS = tuple(Why)
-_MASK = (1 << 64) - 1
+_Score = Callable[[ExecutorView], float]
 
 
-def refusal(executor: ExecutorView, request: RequestView, policy: Policy) -> Why | None:
-    """Why this executor cannot take the request now; None if it can."""
-    if executor.revision != request.revision:
-        return Why.NONE
-    if executor.te_id in request.excluded:
-        return Why.EXCLUDED
-    if not executor.ready or executor.draining:
-        return Why.NOT_READY
-    if executor.link in (Link.SUSPECT, Link.DOWN) or executor.step_age_seconds > policy.max_step_age_seconds:
-        return Why.UNREACHABLE
-    # Room for what is there and one more token; growth beyond it is the engine's to preempt for.
-    blocks = math.ceil((request.tokens + 1) / executor.block_tokens)
-    if blocks > executor.kv_blocks_total or 0 < executor.max_model_len <= request.tokens:
-        return Why.TOO_LARGE
-    cached_blocks = request.cached.get(executor.te_id, 0) // executor.block_tokens
-    if executor.tasks >= executor.max_tasks or blocks - cached_blocks > executor.kv_blocks_free:
-        return Why.FULL
-    return None
-
-
-def decide(view: ClusterView, request: RequestView, policy: Policy) -> Decision | Unplaceable:
-    """Places a task that has no KV anywhere but what is cached."""
-    fit, why = _filter(view, request, policy)
+def decide(
+    view: ClusterView, request: RequestView, policy: Policy, draw: Draw | None = None
+) -> Decision | Unplaceable:
+    """Where the task runs first. Never raises; the same arguments give the same answer."""
+    draw = draw or Draw()
+    fit, dropped = _filter(view, request, policy, decode=False)
     if not fit:
-        return Unplaceable(why, _explain(why, request))
-    by_role = {role: [executor for executor in fit if executor.role is role] for role in Role}
-    prefill, decode, colocated = by_role[Role.PREFILL], by_role[Role.DECODE], by_role[Role.COLOCATED]
-    unified = colocated or decode or prefill
-    uncached = request.tokens - max(_cached(executor, request) for executor in unified)
-    if not (prefill and decode):
-        lacking = "prefill" if not prefill else "decode"
-        reason = f"no fit {lacking} executor" if prefill or decode else "only colocated executors are fit"
-        return _pick(unified, request, policy, kind=Kind.UNIFIED, mode=Mode.UNIFIED, reason=reason)
-    if uncached < policy.min_uncached_tokens:
-        reason = f"{uncached} uncached tokens, split from {policy.min_uncached_tokens} on"
-        return _pick(unified, request, policy, kind=Kind.UNIFIED, mode=Mode.UNIFIED, reason=reason)
-    if colocated:
-        # The load guard where the paper's disaggregated side overloads first (DeepServe Fig. 7).
-        split = min(_prefill_seconds(executor, request, policy) for executor in prefill)
-        whole = min(_prefill_seconds(executor, request, policy) for executor in colocated)
-        if whole < split:
-            reason = f"colocated executors answer in {whole:.3f} s, prefill ones in {split:.3f} s"
-            return _pick(colocated, request, policy, kind=Kind.UNIFIED, mode=Mode.UNIFIED, reason=reason)
-    reason = f"{uncached} uncached tokens, prefill and decode executors are fit"
-    return _pick(prefill, request, policy, kind=Kind.PREFILL, mode=Mode.DISAGGREGATED, reason=reason)
+        return Unplaceable(_why(dropped), dropped)
+
+    def score(executor: ExecutorView) -> float:
+        return prefill_seconds(executor, request, policy)
+
+    prefills = [executor for executor in fit if executor.role is Role.PREFILL]
+    if prefills and not request.unified_only:
+        decodes, _ = _filter(view, request, policy, decode=True)
+        chosen = _pick(prefills, request, policy, draw, score)
+        others = [executor for executor in decodes if executor.role is Role.DECODE]
+        if others and request.tokens - _cached(chosen, request) >= policy.min_uncached_tokens:
+            return _decision(Mode.DISAGGREGATED, chosen, prefills, request, score, dropped, "both roles fit")
+        reason = "short uncached prompt" if others else "no decode executor is fit"
+    else:
+        reason = "unified asked for" if request.unified_only else "no prefill executor is fit"
+    candidates = _unified_candidates(fit, short=reason == "short uncached prompt")
+    chosen = _pick(candidates, request, policy, draw, score)
+    return _decision(Mode.UNIFIED, chosen, candidates, request, score, dropped, reason)
 
 
 def decide_decode(
-    view: ClusterView, request: RequestView, policy: Policy, source: str
+    view: ClusterView, request: RequestView, policy: Policy, draw: Draw | None = None
 ) -> Decision | Unplaceable:
-    """Places the decode half of a task whose prefill `source` has handed over.
+    """Where the KV of a finished prefill goes. Put the prefill's executor into `request.never`.
 
-    Decode executors first, then colocated, then prefill ones. If only the source itself is fit, the
-    answer is a unified task there: its prefix is cached, nothing needs to be moved.
+    Decode and colocated executors are candidates; prefill ones only if there is no other.
     """
-    fit, why = _filter(view, request, policy)
-    others = [executor for executor in fit if executor.te_id != source]
-    for role in (Role.DECODE, Role.COLOCATED, Role.PREFILL):
-        candidates = [executor for executor in others if executor.role is role]
-        if candidates:
-            reason = f"{role} executor with headroom"
-            return _pick(
-                candidates, request, policy, kind=Kind.DECODE, mode=Mode.DISAGGREGATED, reason=reason
-            )
-    if fit:
-        return _pick(
-            fit, request, policy, kind=Kind.UNIFIED, mode=Mode.UNIFIED, reason="only the source itself is fit"
-        )
-    return Unplaceable(why, _explain(why, request))
+    draw = draw or Draw()
+    fit, dropped = _filter(view, request, policy, decode=True)
+    if not fit:
+        return Unplaceable(_why(dropped), dropped)
+
+    def score(executor: ExecutorView) -> float:
+        return decode_pressure(executor, request, policy)
+
+    candidates = (
+        [executor for executor in fit if executor.role is Role.DECODE]
+        or [executor for executor in fit if executor.role is Role.COLOCATED]
+        or fit
+    )
+    preferred = [executor for executor in candidates if executor.te_id == request.prefer]
+    if policy.name is PolicyName.ROUND_ROBIN and not preferred:
+        chosen = _turn(candidates, draw)
+    else:
+        least = min(map(score, candidates))
+        bound = least * policy.affinity_slack_ratio + policy.affinity_slack_seconds
+        near = [executor for executor in preferred if score(executor) <= bound] or candidates
+        chosen = min(near, key=lambda executor: (score(executor), _jitter(executor, draw)))
+    return _decision(Mode.DISAGGREGATED, chosen, candidates, request, score, dropped, "least pressure")
 
 
-# -- filter --------------------------------------------------------------------------------------
-
-
-def _filter(view: ClusterView, request: RequestView, policy: Policy) -> tuple[list[ExecutorView], Why]:
-    """The fit executors (those that failed the task before only if there are no others), or why none is."""
-    fit: list[ExecutorView] = []
-    nearest = Why.NONE
-    for executor in view.executors:
-        why = refusal(executor, request, policy)
-        if why is None:
-            fit.append(executor)
-        elif _WHYS.index(why) > _WHYS.index(nearest):
-            nearest = why
-    others = [executor for executor in fit if executor.te_id not in request.avoided]
-    return others or fit, nearest
-
-
-def _explain(why: Why, request: RequestView) -> str:
-    text = {
-        Why.NONE: "no executor holds {0}",
-        Why.EXCLUDED: "every executor of {0} has refused this request",
-        Why.NOT_READY: "no executor of {0} is ready",
-        Why.UNREACHABLE: "no executor of {0} answers",
-        Why.TOO_LARGE: "{1} tokens fit no executor of {0}",
-        Why.FULL: "every executor of {0} is full",
-    }
-    return text[why].format(request.revision, request.tokens)
-
-
-# -- estimates -----------------------------------------------------------------------------------
-
-
-def _cached(executor: ExecutorView, request: RequestView) -> int:
-    return min(request.cached.get(executor.te_id, 0), request.tokens)
-
-
-def _prefill_seconds(executor: ExecutorView, request: RequestView, policy: Policy) -> float:
-    """Until the prompt is through: all queued prompt tokens and its own uncached ones, at its rate."""
+def prefill_seconds(executor: ExecutorView, request: RequestView, policy: Policy) -> float:
+    """Estimated seconds until the first token: the queue, then the uncached prompt."""
+    uncached = max(0, request.tokens - _cached(executor, request))
     rate = executor.prefill_tokens_per_second or policy.default_prefill_rate
-    own = request.tokens - _cached(executor, request)
-    return (executor.queued_prefill_tokens + own) / rate
+    return queue_seconds(executor, policy) + uncached / rate
 
 
-def _decode_seconds(executor: ExecutorView, policy: Policy) -> float:
-    """Until a new sequence's first token: queued prompts go first, then one step.
-
-    A step grows with the sequences in it; one mean step for each is the upper bound, and ranks right.
-    """
+def queue_seconds(executor: ExecutorView, policy: Policy) -> float:
+    """Estimated seconds of work ahead of a new task. Every live task takes a share of the steps meanwhile."""
     rate = executor.prefill_tokens_per_second or policy.default_prefill_rate
     step = executor.decode_step_seconds or policy.default_step_seconds
-    return executor.queued_prefill_tokens / rate + step * (executor.tasks + 1)
+    return executor.queued_tokens / rate + executor.tasks * step
 
 
-def _seconds(executor: ExecutorView, request: RequestView, policy: Policy, kind: Kind) -> float:
-    if kind is Kind.PREFILL:
-        return _prefill_seconds(executor, request, policy)
-    if kind is Kind.DECODE:
-        # Little headroom means preemption soon: the wait doubles as the pool fills up.
-        free = executor.kv_blocks_free / max(1, executor.kv_blocks_total)
-        return _decode_seconds(executor, policy) * (2.0 - free)
-    own = request.tokens - _cached(executor, request)
-    rate = executor.prefill_tokens_per_second or policy.default_prefill_rate
-    return _decode_seconds(executor, policy) + own / rate
+def decode_pressure(executor: ExecutorView, request: RequestView, policy: Policy) -> float:
+    """Grows with the tasks that share a step, and without limit as KV runs out."""
+    step = executor.decode_step_seconds or policy.default_step_seconds
+    free = executor.kv_blocks_free - _blocks(executor, request.tokens)
+    share = max(free, 1) / max(executor.kv_blocks_total, 1)
+    return step * (executor.tasks + 1) / min(share, 1.0)
 
 
-# -- pick ----------------------------------------------------------------------------------------
+def dropped_for(
+    executor: ExecutorView, request: RequestView, policy: Policy, *, decode: bool = False
+) -> Drop | None:
+    """Why the executor cannot take the task now; None if it can."""
+    need = request.tokens + (min(request.output_left, policy.decode_growth_tokens) if decode else 1)
+    if not executor.ready:
+        return Drop.NOT_READY
+    if executor.model_revision != request.model_revision:
+        return Drop.REVISION
+    if executor.draining:
+        return Drop.DRAINING
+    if not executor.link_up:
+        return Drop.LINK
+    if executor.step_age_seconds > policy.max_step_age_seconds:
+        return Drop.HUNG
+    if executor.te_id in request.never:
+        return Drop.EXCLUDED
+    if executor.kv_blocks_total and _blocks(executor, request.tokens) > executor.kv_blocks_total:
+        return Drop.TOO_LARGE
+    if executor.max_model_len and request.tokens > executor.max_model_len:
+        return Drop.TOO_LARGE
+    if executor.tasks >= executor.max_tasks:
+        return Drop.TASKS_FULL
+    # An executor without tasks takes whatever its pool can hold, or nothing would ever start there.
+    if executor.tasks and executor.kv_blocks_total and _blocks(executor, need) > executor.kv_blocks_free:
+        return Drop.KV_FULL
+    return None
+
+
+def _filter(
+    view: ClusterView, request: RequestView, policy: Policy, *, decode: bool
+) -> tuple[list[ExecutorView], dict[str, Drop]]:
+    fit: list[ExecutorView] = []
+    avoided: list[ExecutorView] = []
+    dropped: dict[str, Drop] = {}
+    for executor in view.executors:
+        why = dropped_for(executor, request, policy, decode=decode)
+        if why is not None:
+            dropped[executor.te_id] = why
+        elif executor.te_id in request.excluded:
+            avoided.append(executor)
+        else:
+            fit.append(executor)
+    if fit:
+        dropped.update((executor.te_id, Drop.EXCLUDED) for executor in avoided)
+        return fit, dropped
+    return avoided, dropped
+
+
+def _why(dropped: dict[str, Drop]) -> Reason:
+    reasons = set(dropped.values())
+    if any(reason.passes for reason in reasons):
+        return Reason.BUSY
+    return Reason.TOO_LARGE if Drop.TOO_LARGE in reasons else Reason.NO_EXECUTOR
+
+
+def _unified_candidates(fit: list[ExecutorView], *, short: bool) -> list[ExecutorView]:
+    """Colocated executors first. A short prompt beside a P/D pair goes where decoding happens anyway."""
+    colocated = [executor for executor in fit if executor.role is Role.COLOCATED]
+    if colocated:
+        return colocated
+    if short:
+        return [executor for executor in fit if executor.role is Role.DECODE] or fit
+    return fit
 
 
 def _pick(
+    candidates: Sequence[ExecutorView], request: RequestView, policy: Policy, draw: Draw, score: _Score
+) -> ExecutorView:
+    queues = {executor.te_id: queue_seconds(executor, policy) for executor in candidates}
+    bound = min(queues.values()) * policy.affinity_slack_ratio + policy.affinity_slack_seconds
+    for executor in candidates:
+        if executor.te_id == request.prefer and queues[executor.te_id] <= bound:
+            return executor
+    if policy.name is PolicyName.ROUND_ROBIN:
+        return _turn(candidates, draw)
+    if policy.name is PolicyName.PREFIX_AFFINITY:
+        near = [executor for executor in candidates if queues[executor.te_id] <= bound]
+        longest = max(_cached(executor, request) for executor in near)
+        candidates = [executor for executor in near if _cached(executor, request) == longest]
+    return min(candidates, key=lambda executor: (score(executor), _jitter(executor, draw)))
+
+
+def _turn(candidates: Sequence[ExecutorView], draw: Draw) -> ExecutorView:
+    ordered = sorted(candidates, key=lambda executor: executor.te_id)
+    return ordered[draw.turn % len(ordered)]
+
+
+def _decision(  # noqa: PLR0917  # one call's parts, in the order of the record
+    mode: Mode,
+    chosen: ExecutorView,
     candidates: Sequence[ExecutorView],
     request: RequestView,
-    policy: Policy,
-    *,
-    kind: Kind,
-    mode: Mode,
+    score: _Score,
+    dropped: dict[str, Drop],
     reason: str,
 ) -> Decision:
-    scores = {executor.te_id: _score(executor, request, policy, kind) for executor in candidates}
-    preferred = scores.get(request.preferred) if request.preferred is not None else None
-    if preferred is not None:
-        chosen, how = preferred.te_id, "its siblings' prefix is there"
-    elif len(candidates) == 1:
-        chosen, how = candidates[0].te_id, "the only one"
-    elif policy.name is PolicyName.ROUND_ROBIN:
-        names = sorted(scores)
-        chosen, how = names[request.counter % len(names)], f"turn {request.counter}"
-    elif policy.name is PolicyName.PREFIX_AFFINITY and kind is not Kind.DECODE:
-        # A decode task brings its KV along: only load counts for it.
-        bound = (
-            policy.affinity_load_factor * (sum(score.tasks for score in scores.values()) / len(scores)) + 1
-        )
-        within = [score for score in scores.values() if score.tasks <= bound]
-        chosen = _least(within, request, lambda score: (-score.cached_tokens, score.seconds))
-        how = f"longest cached prefix among those with at most {bound:.1f} tasks"
-    else:
-        chosen = _least(list(scores.values()), request, lambda score: (score.seconds,))
-        how = "least estimated wait"
-    executor = next(executor for executor in candidates if executor.te_id == chosen)
-    return Decision(
-        te_id=chosen,
-        incarnation=executor.incarnation,
-        kind=kind,
-        mode=mode,
-        cached_tokens=scores[chosen].cached_tokens,
-        reasons=(reason, how),
-        scores=tuple(scores.values()),
-    )
+    scores = {executor.te_id: score(executor) for executor in candidates}
+    return Decision(mode, chosen.te_id, chosen.incarnation, _cached(chosen, request), reason, scores, dropped)
 
 
-def _score(executor: ExecutorView, request: RequestView, policy: Policy, kind: Kind) -> Score:
-    return Score(
-        te_id=executor.te_id,
-        seconds=_seconds(executor, request, policy, kind),
-        tasks=executor.tasks,
-        cached_tokens=_cached(executor, request),
-        headroom_blocks=executor.kv_blocks_free,
-    )
+def _cached(executor: ExecutorView, request: RequestView) -> int:
+    return min(request.cached_tokens.get(executor.te_id, 0), request.tokens)
 
 
-def _least(scores: Sequence[Score], request: RequestView, key: Callable[[Score], tuple[float, ...]]) -> str:
-    return min(scores, key=lambda score: (*key(score), jitter(request.seed, score.te_id))).te_id
+def _blocks(executor: ExecutorView, tokens: int) -> int:
+    return -(-tokens // max(executor.block_tokens, 1))
 
 
-def jitter(seed: int, te_id: str) -> int:
-    """A place in an order that differs from seed to seed (splitmix64's finalizer)."""
-    value = (seed + zlib.crc32(te_id.encode()) * 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+def _jitter(executor: ExecutorView, draw: Draw) -> int:
+    return zlib.crc32(f"{draw.seed}/{executor.te_id}".encode())

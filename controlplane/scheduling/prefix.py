@@ -1,149 +1,129 @@
-"""Which executor has which prefix cached: block identity -> the executors that hold it.
+"""Which executor holds which prefix blocks: block identity -> set of executors.
 
-Identities are hash chains (kvtransfer.blockhash), so equal identity means equal prefix: a prompt's match
-is how far its chain goes. Fed by the executors' exact, numbered KV events; after a gap an executor counts
-as empty until its next snapshot, so a hint may be missing but is never made up. A wrong hint (evicted
-meanwhile) costs a local miss, nothing else.
-
-Bounded: beyond `max_blocks` the least recently matched identities are forgotten, tails of prompts before
-their heads, because a chain without its head matches nothing.
+Fed by the executors' exact, numbered cache events; asked by the job executor before `decide`. Block
+identities chain over all tokens before them, so a flat table is the prompt tree: the longest cached
+prefix is the longest run of leading identities that one executor holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-
-@dataclass(slots=True)
-class _Follower:
-    bit: int
-    next_sequence: int | None = None  # None: waits for a snapshot
-    held: set[bytes] = field(default_factory=set)
+DEFAULT_MAX_BLOCKS = 262_144
+"""Identities remembered over all executors (ours: 4 M tokens at 16 a block, some tens of MiB)."""
 
 
 class PrefixIndex:
-    """Not thread-safe; one per process."""
+    """Bounded: beyond `max_blocks` the identities announced longest ago are forgotten (never wrong, only
+    less affine). An executor that is not followed, or whose numbering shows a gap, matches nothing until
+    its next snapshot."""
 
-    def __init__(self, max_blocks: int = 1 << 20) -> None:
+    def __init__(self, max_blocks: int = DEFAULT_MAX_BLOCKS) -> None:
+        if max_blocks < 1:
+            raise ValueError("max_blocks must be positive")
         self._max_blocks = max_blocks
-        self._masks: dict[bytes, int] = {}  # in order of use, least recent first
-        self._followers: dict[str, _Follower] = {}
-        self._by_bit: dict[int, str] = {}
-        self.gaps = 0
+        self._holders: dict[bytes, int] = {}  # identity -> bit set of slots
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._next: dict[str, int | None] = {}  # number of the next change; None = waiting for a snapshot
         self.evicted = 0
+        self.gaps = 0
 
     def __len__(self) -> int:
-        """Identities known."""
-        return len(self._masks)
+        return len(self._holders)
 
-    def blocks(self, te_id: str) -> int:
-        follower = self._followers.get(te_id)
-        return 0 if follower is None else len(follower.held)
-
-    def following(self, te_id: str) -> bool:
-        follower = self._followers.get(te_id)
-        return follower is not None and follower.next_sequence is not None
+    def follows(self, te_id: str) -> bool:
+        """The executor's blocks are known."""
+        return self._next.get(te_id) is not None
 
     def apply(
         self,
         te_id: str,
         sequence: int,
-        stored: Sequence[bytes] = (),
-        removed: Sequence[bytes] = (),
+        stored: Iterable[bytes] = (),
+        removed: Iterable[bytes] = (),
         cleared: bool = False,
     ) -> bool:
-        """One event: (held | stored) - removed. False: a gap, or still waiting for a snapshot.
+        """Takes in one event; False if it showed a gap (the executor's blocks are dropped then).
 
-        `sequence` numbers the event's first change; with `cleared` it is the number of the first change
-        after the snapshot that the event holds.
+        `sequence` numbers the event's first change. A `cleared` event is a snapshot: `stored` is everything,
+        `sequence` the number of the change after it. An unknown executor may start at change 1.
         """
-        follower = self._followers.get(te_id)
-        if follower is None:
-            follower = self._followers[te_id] = _Follower(self._free_bit())
-            self._by_bit[follower.bit] = te_id
         if cleared:
-            self._forget_all(follower)
-            follower.next_sequence = sequence
-        elif follower.next_sequence is None:
+            self._forget_blocks(te_id)
+            self._store(te_id, stored)
+            self._next[te_id] = sequence
+            return True
+        stored, removed = list(stored), list(removed)
+        expected = self._next.get(te_id) if te_id in self._next else 1
+        end = sequence + len(stored) + len(removed)
+        if expected is None:
             return False
-        elif follower.next_sequence != sequence:
+        if sequence != expected:
+            if end <= expected:
+                return True  # part of the snapshot already
             self.gaps += 1
-            self._forget_all(follower)
-            follower.next_sequence = None
+            self._forget_blocks(te_id)
+            self._next[te_id] = None
             return False
-        else:
-            follower.next_sequence = sequence + len(stored) + len(removed)
-        flag = 1 << follower.bit
-        # Heads come first in an event; kept last in the order of use, they go last.
-        for identity in reversed(stored):
-            self._masks[identity] = self._masks.pop(identity, 0) | flag
-            follower.held.add(identity)
-        for identity in removed:
-            self._forget(identity, follower)
-        self._evict()
+        self._store(te_id, stored)
+        self._remove(te_id, removed)
+        self._next[te_id] = end
         return True
 
     def drop(self, te_id: str) -> None:
-        """The executor is gone, or another incarnation took its place."""
-        follower = self._followers.pop(te_id, None)
-        if follower is not None:
-            self._forget_all(follower)
-            del self._by_bit[follower.bit]
+        """The executor is gone, or its stream: nothing is known of it until the next snapshot."""
+        self._forget_blocks(te_id)
+        self._next.pop(te_id, None)
+        slot = self._slots.pop(te_id, None)
+        if slot is not None:
+            self._free.append(slot)
 
-    def match(self, identities: Sequence[bytes]) -> dict[str, int]:
-        """Leading blocks of the prompt that each executor has cached; those with none are left out."""
+    def match(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Leading blocks of `hashes` that each executor holds; executors that hold none are left out."""
         found: dict[str, int] = {}
-        mask = -1
-        depth = 0
-        for identity in identities:
-            here = mask & self._masks.get(identity, 0)
-            self._note(mask & ~here, depth, found)
-            mask = here
-            if not mask:
-                break
-            depth += 1
-        self._note(mask, depth, found)
-        for identity in reversed(identities[:depth]):  # used now; heads last, so that they outlive tails
-            self._masks[identity] = self._masks.pop(identity)
+        alive = -1
+        for count, identity in enumerate(hashes):
+            holders = self._holders.get(identity, 0) & alive
+            if count and holders != alive:
+                self._note(found, alive & ~holders, count)
+            alive = holders
+            if not alive:
+                return found
+        if hashes:
+            self._note(found, alive, len(hashes))
         return found
 
-    def _note(self, ended: int, depth: int, found: dict[str, int]) -> None:
-        if depth == 0:
-            return
-        for bit in _bits(ended):
-            found[self._by_bit[bit]] = depth
+    def _note(self, found: dict[str, int], slots: int, count: int) -> None:
+        for te_id, slot in self._slots.items():
+            if slots >> slot & 1:
+                found[te_id] = count
 
-    def _free_bit(self) -> int:
-        bit = 0
-        while bit in self._by_bit:
-            bit += 1
-        return bit
+    def _slot(self, te_id: str) -> int:
+        slot = self._slots.get(te_id)
+        if slot is None:
+            slot = self._free.pop() if self._free else len(self._slots)
+            self._slots[te_id] = slot
+        return slot
 
-    def _forget(self, identity: bytes, follower: _Follower) -> None:
-        if identity not in follower.held:
-            return
-        follower.held.discard(identity)
-        left = self._masks[identity] & ~(1 << follower.bit)
-        if left:
-            self._masks[identity] = left
-        else:
-            del self._masks[identity]
-
-    def _forget_all(self, follower: _Follower) -> None:
-        for identity in list(follower.held):
-            self._forget(identity, follower)
-
-    def _evict(self) -> None:
-        while len(self._masks) > self._max_blocks:
-            identity = next(iter(self._masks))
-            for bit in _bits(self._masks.pop(identity)):
-                self._followers[self._by_bit[bit]].held.discard(identity)
+    def _store(self, te_id: str, stored: Iterable[bytes]) -> None:
+        bit = 1 << self._slot(te_id)
+        for identity in stored:
+            self._holders[identity] = self._holders.get(identity, 0) | bit
+        while len(self._holders) > self._max_blocks:
+            del self._holders[next(iter(self._holders))]
             self.evicted += 1
 
+    def _remove(self, te_id: str, removed: Iterable[bytes]) -> None:
+        bit = 1 << self._slot(te_id)
+        for identity in removed:
+            holders = self._holders.get(identity, 0) & ~bit
+            if holders:
+                self._holders[identity] = holders
+            else:
+                self._holders.pop(identity, None)
 
-def _bits(mask: int) -> Iterable[int]:
-    while mask > 0:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+    def _forget_blocks(self, te_id: str) -> None:
+        if te_id in self._slots:
+            bit = 1 << self._slots[te_id]
+            self._remove(te_id, [identity for identity, holders in self._holders.items() if holders & bit])

@@ -1,4 +1,4 @@
-"""Values of the placement policy. Token counts are tokens, times are seconds."""
+"""Values of the placement policy. Times in seconds, lengths in tokens or blocks, nothing mutable."""
 
 from __future__ import annotations
 
@@ -8,31 +8,16 @@ from dataclasses import dataclass, field
 
 
 class Role(enum.StrEnum):
-    """What an executor prefers to run; any executor can run any kind."""
+    """What an executor prefers to run; any executor runs anything when it must."""
 
     COLOCATED = "colocated"
     PREFILL = "prefill"
     DECODE = "decode"
 
 
-class Link(enum.StrEnum):
-    """This process's stream to an executor."""
-
-    IDLE = "idle"  # not opened yet (large groups): usable, its load is not known
-    UP = "up"
-    SUSPECT = "suspect"  # silent for longer than reports take
-    DOWN = "down"
-
-
 class Mode(enum.StrEnum):
-    UNIFIED = "unified"
-    DISAGGREGATED = "disaggregated"
-
-
-class Kind(enum.StrEnum):
-    UNIFIED = "unified"
-    PREFILL = "prefill"
-    DECODE = "decode"
+    UNIFIED = "unified"  # one task on one executor
+    DISAGGREGATED = "disaggregated"  # a prefill task now, its decode task placed after handover
 
 
 class PolicyName(enum.StrEnum):
@@ -41,105 +26,115 @@ class PolicyName(enum.StrEnum):
     PREFIX_AFFINITY = "prefix_affinity"
 
 
-class Why(enum.StrEnum):
-    """Why an executor, or a whole request, could not be placed. The order is from far to near: the
-    nearest reason among a group's executors is the group's."""
+class Drop(enum.StrEnum):
+    """Why an executor was not a candidate."""
 
-    NONE = "no_executor"  # nobody holds this revision
+    NOT_READY = "not_ready"
+    REVISION = "other_revision"
+    DRAINING = "draining"
+    LINK = "link_not_up"
+    HUNG = "step_loop_hung"
     EXCLUDED = "excluded"
-    NOT_READY = "not_ready"  # loading, draining, failed
-    UNREACHABLE = "unreachable"  # link down or silent, or its step loop hangs
-    TOO_LARGE = "too_large"  # the request can never fit its pool or context
-    FULL = "full"  # no room now
+    TOO_LARGE = "too_large"  # it could not hold the sequence even when empty
+    TASKS_FULL = "tasks_full"
+    KV_FULL = "kv_full"
+
+    @property
+    def passes(self) -> bool:
+        """Waiting for running work is enough to make the executor fit."""
+        return self in (Drop.TASKS_FULL, Drop.KV_FULL)
+
+
+class Reason(enum.StrEnum):
+    """Why nothing could be chosen."""
+
+    NO_EXECUTOR = "no_executor"  # none serves the revision now
+    BUSY = "busy"  # some do, and none has headroom
+    TOO_LARGE = "too_large"  # some do, and none could ever hold it
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorView:
-    """One executor at one instant, what was sent to it since its last report included."""
+    """One executor now: its last load report plus what was submitted to it since."""
 
     te_id: str
-    incarnation: str = ""
-    revision: str = ""
-    role: Role = Role.COLOCATED
+    incarnation: str
+    role: Role
+    model_revision: str
     ready: bool = True
     draining: bool = False
-    link: Link = Link.UP
+    link_up: bool = True
     step_age_seconds: float = 0.0
-    tasks: int = 0  # waiting and running
+    tasks: int = 0  # waiting and running, unreported ones included
     max_tasks: int = 256
-    queued_prefill_tokens: int = 0
+    queued_tokens: int = 0  # uncached prompt tokens still to compute
+    prefill_tokens_per_second: float = 0.0  # 0 = nothing seen yet
+    decode_step_seconds: float = 0.0  # 0 = nothing seen yet
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     block_tokens: int = 16
-    prefill_tokens_per_second: float = 0.0  # 0 = not seen yet
-    decode_step_seconds: float = 0.0  # 0 = not seen yet
-    max_model_len: int = 0  # 0 = not known
+    max_model_len: int = 0  # 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    executors: tuple[ExecutorView, ...] = ()
+    executors: tuple[ExecutorView, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """One task to place: a choice of a request, or its continuation."""
+    """What placement needs to know of one task."""
 
-    revision: str
-    tokens: int  # prompt and output so far: what has to be computed or pulled
-    cached: Mapping[str, int] = field(default_factory=dict)  # te_id -> leading tokens it has cached
-    excluded: frozenset[str] = frozenset()  # never
-    avoided: frozenset[str] = frozenset()  # only if nobody else fits: it failed this task before
-    preferred: str | None = None  # taken if it fits: a sibling's prefix lies there
-    counter: int = 0  # round robin's turn
-    seed: int = 0  # breaks ties
+    model_revision: str
+    tokens: int  # prompt and output so far: what must be in the KV cache
+    output_left: int = 1  # tokens still to sample at most
+    unified_only: bool = False
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)  # te_id -> leading tokens in its cache
+    excluded: frozenset[str] = frozenset()  # avoided while another executor serves the revision
+    never: frozenset[str] = frozenset()  # cannot run it
+    prefer: str | None = None  # where siblings run: taken while within the load bound
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What changes from call to call: a turn for round robin, a seed for ties."""
+
+    turn: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Numbers are ours unless they say otherwise."""
-
     name: PolicyName = PolicyName.PREFIX_AFFINITY
-    # 0 = split prefill and decode whenever both roles are there. Configurable, because a short prompt
-    # gains little from it: raise it to the tokens whose prefill takes as long as a hand-over.
     min_uncached_tokens: int = 0
-    # Bounded load of consistent hashing (Mirrokni et al. 2016) recommends 1.25.
-    affinity_load_factor: float = 1.25
-    # No chunk takes over 0.5 s, so a step loop ten times as old hangs.
-    max_step_age_seconds: float = 5.0
-    # Used until an executor has reported a rate of its own.
-    default_prefill_rate: float = 1000.0
+    """Prompts with fewer uncached tokens run unified. 0: disaggregate whenever both roles are fit
+    (ours; the threshold that pays depends on the link between the roles)."""
+    max_step_age_seconds: float = 10.0
+    """An engine's step aims below 0.5 s; twenty of them without a turn is a hung loop (ours)."""
+    affinity_slack_seconds: float = 1.0
+    affinity_slack_ratio: float = 1.5
+    """A cached prefix is followed while the executor's queue is at most ratio x shortest + slack (ours)."""
+    default_prefill_rate: float = 2000.0
+    """Tokens per second assumed before an executor reported one (ours: it only ranks empty executors)."""
     default_step_seconds: float = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One candidate as the policy saw it."""
-
-    te_id: str
-    seconds: float  # estimated until the task's first step is through
-    tasks: int
-    cached_tokens: int
-    headroom_blocks: int
+    decode_growth_tokens: int = 64
+    """Room beyond the present length asked of a decode executor (ours: four blocks before preemption)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """Where a task goes, and why: for job records, metrics and the twin."""
+
+    mode: Mode
     te_id: str
     incarnation: str
-    kind: Kind
-    mode: Mode
     cached_tokens: int
-    reasons: tuple[str, ...]
-    scores: tuple[Score, ...]
+    reason: str
+    scores: Mapping[str, float]  # candidates: estimated seconds until the task would run
+    dropped: Mapping[str, Drop]
 
 
 @dataclass(frozen=True, slots=True)
 class Unplaceable:
-    why: Why
-    detail: str
-
-    @property
-    def contended(self) -> bool:
-        """Executors exist that could take it, later."""
-        return self.why is Why.FULL
+    reason: Reason
+    dropped: Mapping[str, Drop]
