@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -24,16 +25,37 @@ def list_jobs(
     if as_json:
         print_json(answer)
         return
-    jobs = answer.get("data", answer) if isinstance(answer, dict) else answer
-    columns = ("id", "kind", "state", "model", "tenant", "created")
     table(
-        [column.upper() for column in columns], [[_cell(job, column) for column in columns] for job in jobs]
+        ("JOB", "STATE", "MODEL", "TENANT", "EXECUTORS", "TOKENS", "FIRST TOKEN", "TOOK", "CREATED"),
+        [_row(job) for job in answer["data"]],
     )
+
+
+def _row(job: dict[str, Any]) -> tuple[object, ...]:
+    tasks = job.get("tasks", [])
+    begun = job.get("created_at")
+    return (
+        job["id"],
+        job.get("state", "-"),
+        job.get("model", "-"),
+        job.get("tenant", "-"),
+        ", ".join(dict.fromkeys(te for task in tasks for te in _executors(task))) or "-",
+        sum(task.get("output_tokens", 0) for task in tasks),
+        _seconds(begun, job.get("first_token_at")),
+        _seconds(begun, job.get("ended_at")),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)) if begun else "-",
+    )
+
+
+def _executors(task: dict[str, Any]) -> list[str]:
+    found = [attempt["te_id"] for attempt in task.get("attempts", []) if attempt.get("te_id")]
+    return found or [task["te_id"]] if task.get("te_id") else found
 
 
 @app.command()
 def show(
     job_id: Annotated[str, typer.Argument(metavar="ID", help="Job id, as `deepflow jobs list` shows it.")],
+    as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
     state_dir: StateDir = None,
@@ -42,15 +64,50 @@ def show(
     from urllib.parse import quote
 
     path = f"/deepflow/v1/jobs/{quote(job_id, safe='')}"
-    print_json(get_json(gateway_url(url, state_dir), api_key, path))
+    job = get_json(gateway_url(url, state_dir), api_key, path)
+    if as_json:
+        print_json(job)
+        return
+    for name in ("id", "kind", "state", "request_id", "tenant", "model", "model_revision", "error"):
+        if job.get(name):
+            print(f"{name:16}{job[name]}")
+    print(f"{'first token':16}{_seconds(job.get('created_at'), job.get('first_token_at'))}")
+    print(f"{'took':16}{_seconds(job.get('created_at'), job.get('ended_at'))}\n")
+    table(
+        (
+            "TASK",
+            "ATTEMPT",
+            "KIND",
+            "EXECUTOR",
+            "WHY",
+            "QUEUED",
+            "TRANSFER",
+            "COMPUTE",
+            "TOKENS",
+            "CACHED",
+            "END",
+        ),
+        [
+            _attempt_row(task, attempt)
+            for task in job.get("tasks", [])
+            for attempt in task.get("attempts", [])
+        ],
+    )
 
 
-def _cell(job: dict[str, Any], name: str) -> object:
-    value = job.get(name)
-    if value is None:  # the record may say it more precisely: model_id, created_at
-        value = next((job[key] for key in job if key.startswith(f"{name}_")), "-")
-    if name == "created" and isinstance(value, int | float):
-        import time
+def _attempt_row(task: dict[str, Any], attempt: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        task.get("index", "-"),
+        attempt.get("attempt", "-"),
+        attempt.get("kind", "-"),
+        attempt.get("te_id", "-"),
+        attempt.get("reason") or "-",
+        *(_seconds(0.0, attempt.get(f"{name}_seconds")) for name in ("queued", "transfer", "compute")),
+        attempt.get("tokens", "-"),
+        "-" if attempt.get("cached_tokens") is None else attempt["cached_tokens"],
+        attempt.get("outcome") or "runs",
+    )
 
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
-    return value
+
+def _seconds(begun: float | None, ended: float | None) -> str:
+    return "-" if begun is None or ended is None else f"{ended - begun:.2f} s"

@@ -205,6 +205,22 @@ def test_ctrl_c_ends_a_stack_in_the_foreground(detached: tuple[Command, list[str
     assert not (deepflow.home / "run").exists()
 
 
+ATTEMPTS = [
+    {
+        "attempt": 1,
+        "kind": "prefill",
+        "te_id": "te-0",
+        "outcome": "handover",
+        "tokens": 1,
+        "compute_seconds": 0.5,
+    },
+    {"attempt": 2, "kind": "decode", "te_id": "te-1", "outcome": "stop", "tokens": 6},
+]
+TASK = {"index": 0, "te_id": "te-1", "output_tokens": 7, "attempts": ATTEMPTS}
+TIMES = {"created_at": 100.0, "first_token_at": 100.5, "ended_at": 102.0}
+JOB = {"id": "job-1", "kind": "serving", "state": "succeeded", "model": "small", "tasks": [TASK], **TIMES}
+
+
 class _Gateway(BaseHTTPRequestHandler):
     """Answers as a gateway would; what it was asked is kept."""
 
@@ -216,9 +232,9 @@ class _Gateway(BaseHTTPRequestHandler):
         elif self.path.startswith("/deepflow/v1/jobs/none"):
             self._send(404, {"error": {"message": "no such job"}})
         elif self.path.startswith("/deepflow/v1/jobs/"):
-            self._send(200, {"id": "job-1", "tasks": []})
+            self._send(200, JOB)
         else:
-            self._send(200, {"data": [{"id": "job-1", "kind": "serving", "state": "succeeded"}]})
+            self._send(200, {"data": [JOB]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -282,8 +298,16 @@ def test_a_conversation_remembers_what_was_said(deepflow: Command, gateway: str)
 
 
 def test_jobs_and_models_are_listed(deepflow: Command, gateway: str) -> None:
-    assert "job-1  serving  succeeded" in deepflow("jobs", "list", "--url", gateway).stdout
-    assert json.loads(deepflow("jobs", "show", "job-1", "--url", gateway).stdout)["id"] == "job-1"
+    row = deepflow("jobs", "list", "--url", gateway).stdout.splitlines()[1]
+    for word in ("job-1", "succeeded", "small", "te-0, te-1", "7", "0.50 s", "2.00 s"):
+        assert word in row
+    assert json.loads(deepflow("jobs", "list", "--json", "--url", gateway).stdout)["data"] == [JOB]
+    assert json.loads(deepflow("jobs", "show", "job-1", "--json", "--url", gateway).stdout) == JOB
+    shown = deepflow("jobs", "show", "job-1", "--url", gateway).stdout
+    assert [line.split()[2:4] for line in shown.splitlines()[-2:]] == [
+        ["prefill", "te-0"],
+        ["decode", "te-1"],
+    ]
     missing = deepflow("jobs", "show", "none", "--url", gateway)
     assert (missing.returncode, missing.stderr) == (1, "error: no such job (HTTP 404)\n")
     assert "small" in deepflow("models", "list", "--url", gateway).stdout
