@@ -119,7 +119,7 @@ class Stack:
         return found
 
     async def wait_clean(self, timeout: float = 15.0) -> None:
-        """Until no executor holds a task, a leaked block or a stuck task, or a peer's lease; else AssertionError."""
+        """Until no executor holds a task, a leaked block, a stuck task or a lease; else AssertionError."""
         deadline = time.monotonic() + timeout
         while True:
             statuses = await self.executor_status()
@@ -181,7 +181,7 @@ def clean_env() -> dict[str, str]:
 def running_stack(
     topology: str, *options: str, env: dict[str, str] | None = None, models: Sequence[str] = ()
 ) -> Iterator[Stack]:
-    """A stack in a temporary folder, stopped and removed at the end. `.started_in` holds its start's seconds."""
+    """A stack in a temporary folder, stopped and removed at the end."""
     root = Path(tempfile.mkdtemp(prefix="dfs-"))
     stack = Stack(root, free_port())
     try:
