@@ -18,6 +18,7 @@ DEFAULT_DRAIN_SECONDS = 10.0
 # A step is bounded to 0.5 s; sixty times that is no slow step (ours).
 DEFAULT_WATCHDOG_SECONDS = 30.0
 _TE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RESERVED_IDS = ("ids", "events")  # the registry's own keys beside deepflow:te:<te_id>
 
 
 class SettingsError(Exception):
@@ -126,8 +127,10 @@ def _parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     """Raises SettingsError; argparse itself exits for unknown options and `--help`."""
     args = _parser().parse_args(argv)
-    if not _TE_ID.fullmatch(args.te_id):
-        raise SettingsError(f"--te-id {args.te_id!r}: letters, digits, '.', '_' and '-' only, at most 128")
+    if not _TE_ID.fullmatch(args.te_id) or args.te_id in _RESERVED_IDS:
+        raise SettingsError(
+            f"--te-id {args.te_id!r}: letters, digits, '.', '_' and '-', at most 128, not 'ids' or 'events'"
+        )
     for name in ("block_tokens", "max_tasks", "max_running", "max_batch_tokens"):
         if getattr(args, name) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be positive, is {getattr(args, name)}")
