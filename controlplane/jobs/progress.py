@@ -34,9 +34,9 @@ class Progress:
         if attempt != self.attempt or attempt == 0:
             return None
         known = len(self.output)
-        if start_index > known:
+        if tokens and start_index > known:
             raise Gap(f"output has {known} tokens, the delta starts at {start_index}")
-        skip = min(known - start_index, len(tokens))
+        skip = min(max(known - start_index, 0), len(tokens))
         fresh = tokens[skip:]
         self.output.extend(fresh)
         return Fresh(skip, fresh)

@@ -12,6 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from controlplane.fleet.channel import ChannelSettings
+from controlplane.scheduling.types import Policy, PolicyName
+
 ENV_PREFIX = "DEEPFLOW_JOBS_"
 TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
 
@@ -44,11 +47,12 @@ class RuntimeSettings(BaseModel):
         "prefill and a decode executor are there, as an operator who gave roles expects; larger values "
         "spare short prompts the hand-over once it costs more than the interference it avoids.",
     )
-    affinity_load_factor: float = Field(
-        1.25, ge=1, description="Tasks over the group's mean that a cached prefix may cost (bounded load)."
+    affinity_slack_ratio: float = Field(
+        1.5, ge=1, description="A cached prefix is followed up to ratio x the shortest queue + slack."
     )
+    affinity_slack_seconds: float = Field(1, ge=0)
     max_step_age_seconds: float = Field(
-        5, gt=0, description="An engine whose loop did not turn for so long gets no task; a step takes < 0.5."
+        10, gt=0, description="An engine whose loop did not turn for so long gets no task; a step aims < 0.5."
     )
 
     # Admission.
@@ -64,6 +68,9 @@ class RuntimeSettings(BaseModel):
         180, gt=0, description="A task without a first event: it may wait in its executor's queue (ours)."
     )
     stall_seconds: float = Field(60, gt=0, description="A running task without an event.")
+    handover_seconds: float = Field(
+        10, gt=0, description="A finished prefill waits so long for a decode executor, then runs unified."
+    )
     stuck_grace_seconds: float = Field(5, gt=0, description="Past its deadline by so much: a stuck task.")
     tick_seconds: float = Field(0.1, gt=0, description="How often deadlines are looked at.")
 
@@ -88,10 +95,32 @@ class RuntimeSettings(BaseModel):
     suspect_seconds: float = Field(3, gt=0, description="Silence (reports come each second): not chosen.")
     lost_seconds: float = Field(10, gt=0, description="Silence: the stream is closed, its tasks replayed.")
     send_queue: int = Field(1024, ge=1, description="Submits that wait on one stream; beyond: elsewhere.")
-    prefix_blocks: int = Field(1 << 20, ge=1, description="Block identities known to be cached somewhere.")
+    prefix_blocks: int = Field(1 << 18, ge=1, description="Block identities known to be cached somewhere.")
 
     # Shutdown. The gateway drains its own requests first.
     drain_seconds: float = Field(5, ge=0)
+
+    @property
+    def scheduling(self) -> Policy:
+        return Policy(
+            name=PolicyName(self.policy),
+            min_uncached_tokens=self.disaggregate_min_uncached_tokens,
+            max_step_age_seconds=self.max_step_age_seconds,
+            affinity_slack_seconds=self.affinity_slack_seconds,
+            affinity_slack_ratio=self.affinity_slack_ratio,
+        )
+
+    @property
+    def channel(self) -> ChannelSettings:
+        return ChannelSettings(
+            gateway_id=self.gateway_id,
+            incarnation=self.incarnation,
+            token=self.cluster_token,
+            suspect_seconds=self.suspect_seconds,
+            lost_seconds=self.lost_seconds,
+            welcome_seconds=self.connect_seconds,
+            send_queue=self.send_queue,
+        )
 
     @classmethod
     def from_env(

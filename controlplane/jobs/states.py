@@ -36,6 +36,7 @@ class TaskEvent(enum.StrEnum):
     PLACE_PREFILL = "place_prefill"
     HAND_OVER = "hand_over"
     PLACE_DECODE = "place_decode"
+    DECODE_REFUSED = "decode_refused"  # the KV is still on offer
     RETRY = "retry"
     COMPLETE = "complete"
     FAIL = "fail"
@@ -89,7 +90,11 @@ TASK_TRANSITIONS: Mapping[TaskState, Mapping[TaskEvent, TaskState]] = {
         TaskEvent.RETRY: TaskState.HELD,
         **_END,
     },
-    TaskState.DECODING: {TaskEvent.RETRY: TaskState.HELD, **_END},
+    TaskState.DECODING: {
+        TaskEvent.DECODE_REFUSED: TaskState.HANDOVER,
+        TaskEvent.RETRY: TaskState.HELD,
+        **_END,
+    },
     TaskState.COMPLETED: {},
     TaskState.FAILED: {},
     TaskState.CANCELLED: {},

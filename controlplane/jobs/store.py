@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import orjson
 from redis.asyncio import Redis
 
-from controlplane.jobs.records import JobRecord
+from controlplane.jobs.records import JobRecord, from_bytes, to_bytes
 
 JOB_PREFIX = "deepflow:job:"
 INDEX = "deepflow:jobs"
 TENANT_INDEX_PREFIX = "deepflow:jobs:tenant:"
 TTL_SECONDS = 3600.0  # ours: long enough to look into what happened, short enough to bound the store
 MAX_INDEXED = 100_000  # per index (ours): an hour of 28 jobs a second
+_Entries = list[tuple[int, str]]  # (score, job id)
+_Records = list[JobRecord]
 PAGE_ROUNDS = 8  # index pages looked through for one page of records that still live
 
 
@@ -41,17 +43,17 @@ class JobStore:
 
     async def get(self, job_id: str) -> JobRecord | None:
         data = await self._redis.get(JOB_PREFIX + job_id)
-        return None if data is None else JobRecord.from_json(orjson.loads(data))
+        return None if data is None else from_bytes(_bytes(data))
 
     async def list(
         self, limit: int, cursor: str | None = None, tenant: str | None = None
-    ) -> tuple[list[JobRecord], str | None]:
+    ) -> tuple[_Records, str | None]:
         """Newest first: at most `limit` records, and the cursor of the next page (None: no more).
 
         `tenant` None means all. A cursor that was not made here counts as none.
         """
         key = INDEX if tenant is None else TENANT_INDEX_PREFIX + tenant
-        found: list[JobRecord] = []
+        found: _Records = []
         position = _parse_cursor(cursor)
         for _ in range(PAGE_ROUNDS):
             wanted = limit - len(found)
@@ -59,7 +61,7 @@ class JobStore:
             if not entries:
                 return found, None
             values = await self._redis.mget([JOB_PREFIX + job_id for _, job_id in entries])
-            found += [JobRecord.from_json(orjson.loads(value)) for value in values if value is not None]
+            found += [from_bytes(_bytes(value)) for value in values if value is not None]
             position = entries[-1]
             if len(entries) < wanted:
                 return found, None
@@ -68,14 +70,14 @@ class JobStore:
         assert position is not None
         return found, f"{position[0]}:{position[1]}"
 
-    async def _page(self, key: str, position: tuple[int, str] | None, wanted: int) -> list[tuple[int, str]]:
+    async def _page(self, key: str, position: tuple[int, str] | None, wanted: int) -> _Entries:
         """The next `wanted` index entries after `position`, newest first."""
         highest: str | int = "+inf" if position is None else position[0]
         offset, size = 0, wanted + 1
-        entries: list[tuple[int, str]] = []
+        entries: _Entries = []
         while len(entries) < wanted:
             # Several jobs may share a microsecond: those at or before the position are skipped.
-            rows = await self._redis.zrevrangebyscore(
+            rows: Any = await self._redis.zrevrangebyscore(
                 key, highest, "-inf", start=offset, num=size, withscores=True
             )
             for member, score in rows:
@@ -96,7 +98,7 @@ class JobStore:
         pipe = self._redis.pipeline(transaction=False)
         tenants: set[str] = set()
         for record in records:
-            pipe.set(JOB_PREFIX + record.job_id, orjson.dumps(record.to_json()), ex=ttl)
+            pipe.set(JOB_PREFIX + record.job_id, to_bytes(record), ex=ttl)
             score = int(record.created_at * 1e6)
             pipe.zadd(INDEX, {record.job_id: score})
             pipe.zadd(TENANT_INDEX_PREFIX + record.tenant, {record.job_id: score})
@@ -111,6 +113,10 @@ class JobStore:
         """Changes when the server was restarted: what was written before may be gone."""
         info = await self._redis.info("server")
         return str(info.get("run_id", ""))
+
+
+def _bytes(value: bytes | str) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:

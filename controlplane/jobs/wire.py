@@ -71,16 +71,16 @@ _REFUSALS = {
 }
 
 
-def refusal(error: worker_pb2.TaskError) -> str | None:
+def refusal(error: common_pb2.TaskError) -> str | None:
     """The executor did not start the task: it goes elsewhere, and nothing has failed."""
     return _REFUSALS.get(error.code)
 
 
-def code_name(error: worker_pb2.TaskError) -> str:
+def code_name(error: common_pb2.TaskError) -> str:
     return common_pb2.ErrorCode.Name(error.code).removeprefix("ERROR_CODE_").lower()
 
 
-def final_error(error: worker_pb2.TaskError) -> ServingError:
+def final_error(error: common_pb2.TaskError) -> ServingError:
     """The client's error for one that is not tried again."""
     if error.code == common_pb2.ERROR_CODE_INVALID_ARGUMENT:
         return ServingError(400, "invalid_request", error.message)

@@ -1,0 +1,64 @@
+"""One submit of a choice to one executor, while it is open; becomes an `AttemptRecord`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepflow.v1 import common_pb2
+from deepflow.v1.worker_pb2 import TaskTimings
+
+from controlplane.jobs.records import AttemptRecord
+from controlplane.jobs.wire import KINDS
+
+
+@dataclass(slots=True)
+class Attempt:
+    number: int
+    kind: common_pb2.TaskKind.ValueType
+    te_id: str
+    incarnation: str
+    reason: str
+    submitted_at: float  # Unix seconds, as the other times
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    outcome: str | None = None
+    tokens: int = 0
+    cached_tokens: int | None = None
+    heard: bool = False  # the executor said something of it
+    timings: TaskTimings | None = None
+
+    def end(self, outcome: str, at: float) -> None:
+        if self.ended_at is None:
+            self.ended_at, self.outcome = at, outcome
+
+    def record(self) -> AttemptRecord:
+        timings = self.timings
+        return AttemptRecord(
+            attempt=self.number,
+            kind=KINDS[self.kind],
+            te_id=self.te_id,
+            incarnation=self.incarnation,
+            reason=self.reason,
+            submitted_at=self.submitted_at,
+            first_token_at=self.first_token_at,
+            ended_at=self.ended_at,
+            outcome=self.outcome,
+            tokens=self.tokens,
+            cached_tokens=self.cached_tokens,
+            queued_seconds=timings.queued_seconds if timings else None,
+            transfer_seconds=timings.transfer_seconds if timings else None,
+            compute_seconds=timings.compute_seconds if timings else None,
+            preemptions=timings.preemptions if timings else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A finished prefill's KV, waiting to be pulled."""
+
+    te_id: str
+    attempt: int
+    source: common_pb2.KVSource
+    processor_state: bytes
+    since: float  # monotonic
+    until: float  # monotonic: give up before the lease runs out

@@ -1,0 +1,132 @@
+"""Puts choices onto executors: the live view, `scheduling`'s decision, the submit message."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from deepflow.v1 import common_pb2
+from deepflow.v1.worker_pb2 import SubmitTask
+
+from controlplane.fleet.channel import LinkUnavailable
+from controlplane.fleet.view import FleetView
+from controlplane.jobs import metrics, wire
+from controlplane.jobs.choice import Choice
+from controlplane.jobs.states import TaskState
+from controlplane.scheduling.decide import decide, decide_decode
+from controlplane.scheduling.types import (
+    ClusterView,
+    Decision,
+    Draw,
+    Mode,
+    Policy,
+    Reason,
+    RequestView,
+    Unplaceable,
+)
+
+MAX_TRIES = 4
+"""Executors tried in one placement when links turn out to be gone or full (ours)."""
+MAX_TIMEOUT_MS = (1 << 63) - 1
+
+
+class Placer:
+    def __init__(
+        self, fleet: FleetView, policy: Policy, now: Callable[[], float], rng: random.Random
+    ) -> None:
+        self._fleet = fleet
+        self._policy = policy
+        self._now = now
+        self._rng = rng
+        self._turn = 0
+
+    def place(self, choice: Choice) -> Reason | None:
+        """Submits a HELD choice, or one in HANDOVER to its decode executor. None: done; else why not."""
+        decoding = choice.state is TaskState.HANDOVER
+        missed: set[str] = set()
+        for _ in range(MAX_TRIES):
+            started = time.perf_counter()
+            view = self._fleet.cluster_view(choice.job.request.model_revision)
+            request = self._request(choice, view, missed, decoding=decoding)
+            self._turn += 1
+            draw = Draw(self._turn, self._rng.getrandbits(32))
+            decision = (decide_decode if decoding else decide)(view, request, self._policy, draw)
+            metrics.DECIDE_SECONDS.observe(time.perf_counter() - started)
+            if isinstance(decision, Unplaceable):
+                return Reason.BUSY if missed and decision.reason is not Reason.BUSY else decision.reason
+            try:
+                self._submit(choice, decision, decoding=decoding)
+            except LinkUnavailable:
+                missed.add(decision.te_id)
+                continue
+            return None
+        return Reason.BUSY
+
+    def _request(self, choice: Choice, view: ClusterView, missed: set[str], *, decoding: bool) -> RequestView:
+        job, request = choice.job, choice.job.request
+        never = choice.never | missed
+        prefer = None
+        if decoding:
+            assert choice.offer is not None
+            never.add(choice.offer.te_id)
+            prefer = job.sibling_decode if choice.index else None
+        elif choice.index:
+            prefer = job.sibling_executor
+        return RequestView(
+            model_revision=request.model_revision,
+            tokens=len(request.prompt) + len(choice.output),
+            output_left=max(0, request.max_output_tokens - len(choice.output)),
+            unified_only=choice.force_unified
+            or request.max_output_tokens == 0
+            or request.sampling.prompt_logprobs is not None,
+            cached_tokens=self._cached(choice, view),
+            excluded=frozenset(choice.excluded),
+            never=frozenset(never),
+            prefer=prefer,
+        )
+
+    def _cached(self, choice: Choice, view: ClusterView) -> dict[str, int]:
+        if not view.executors or not len(self._fleet.prefixes):
+            return {}
+        block_tokens = view.executors[0].block_tokens
+        found = self._fleet.cached_blocks(choice.job.hashes(block_tokens))
+        # The last token is computed in any case: it is what the first output token is sampled from.
+        most = len(choice.job.request.prompt) - 1
+        return {te_id: min(blocks * block_tokens, most) for te_id, blocks in found.items()}
+
+    def _submit(self, choice: Choice, decision: Decision, *, decoding: bool) -> None:
+        if decoding:
+            kind = common_pb2.TASK_KIND_DECODE
+        elif decision.mode is Mode.DISAGGREGATED:
+            kind = common_pb2.TASK_KIND_PREFILL
+        else:
+            kind = common_pb2.TASK_KIND_UNIFIED
+        job, request = choice.job, choice.job.request
+        sampling = wire.sampling_params(request.sampling, choice.seed)
+        if choice.prompt_scored or decoding:
+            sampling.ClearField("prompt_logprobs")
+        left_ms = int((job.deadline - self._now()) * 1000)
+        task = SubmitTask(
+            task_id=choice.task_id,
+            attempt=choice.next_attempt,
+            kind=kind,
+            model_revision=request.model_revision,
+            adapter_id=request.adapter_id,
+            cache_salt=request.cache_salt,
+            prompt_tokens=job.prompt_bytes,
+            output_tokens=wire.encode_tokens(choice.output),
+            sampling=sampling,
+            max_output_tokens=request.max_output_tokens,
+            priority=request.priority,
+            timeout_ms=min(max(left_ms, 1), MAX_TIMEOUT_MS),
+            traceparent=request.traceparent,
+        )
+        if decoding:
+            assert choice.offer is not None
+            task.kv_source.CopyFrom(choice.offer.source)
+            task.processor_state = choice.offer.processor_state
+        tokens = len(request.prompt) + len(choice.output)
+        uncached = 0 if decoding else max(0, tokens - decision.cached_tokens)
+        self._fleet.submit(decision.te_id, decision.incarnation, task, choice, uncached_tokens=uncached)
+        choice.placed(kind, decision.te_id, decision.incarnation, decision.reason)

@@ -1,0 +1,119 @@
+"""Puts job records into the store behind serving's back: batched, bounded, healing.
+
+Serving only marks a job as changed. Marked jobs are written in one pipeline every flush; while the store
+is down they stay marked, the oldest ended ones are dropped beyond the bound, and when it answers again
+(or was restarted, and may have forgotten) every live job is written anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from redis.exceptions import RedisError
+
+from controlplane.jobs import metrics
+from controlplane.jobs.job import Job
+from controlplane.jobs.settings import RuntimeSettings
+from controlplane.jobs.store import JobStore
+
+SERVER_CHECK_SECONDS = 2.0
+"""How soon a restarted store gets the live jobs again (ours)."""
+
+log = logging.getLogger(__name__)
+
+
+class RecordWriter:
+    """`changed` from serving; `run` until cancelled; `flush` at the end."""
+
+    def __init__(self, store: JobStore, live: Callable[[], Iterable[Job]], settings: RuntimeSettings) -> None:
+        self._store = store
+        self._live = live
+        self._settings = settings
+        self._marked: dict[str, Job] = {}
+        self._work = asyncio.Event()
+        self._up = True
+        self._server = ""
+        self._checked = 0.0
+        metrics.STORE_UP.set(1)
+
+    def changed(self, job: Job) -> None:
+        """Never blocks."""
+        if job.job_id not in self._marked and len(self._marked) >= self._settings.record_pending:
+            self._drop_one()
+        self._marked[job.job_id] = job
+        self._work.set()
+
+    async def run(self) -> None:
+        """A task boundary: a record that cannot be written is reported, the rest goes on."""
+        pause = self._settings.record_flush_seconds
+        while True:
+            await self._work.wait()
+            await asyncio.sleep(pause)
+            try:
+                written = await self.flush()
+            except Exception:
+                log.exception("writing job records failed")
+                written = False
+            pause = self._settings.record_flush_seconds if written else min(2.0, max(pause, 0.1) * 2)
+
+    async def flush(self) -> bool:
+        """Writes what is marked; False if the store could not be reached (it stays marked)."""
+        self._work.clear()
+        while self._marked:
+            if not await self._write_batch():
+                self._work.set()
+                return False
+        metrics.RECORDS_PENDING.set(0)
+        return True
+
+    async def _write_batch(self) -> bool:
+        settings = self._settings
+        batch = [self._marked.pop(job_id) for job_id in list(self._marked)[: settings.record_batch]]
+        wall = time.time()
+        try:
+            async with asyncio.timeout(settings.redis_seconds):
+                await self._store.write([job.record(settings.gateway_id, wall) for job in batch])
+                await self._look_for_restart()
+        except (RedisError, OSError, TimeoutError) as error:
+            if self._up:
+                log.warning("job records cannot be written, serving goes on: %s", error)
+            self._up = False
+            metrics.STORE_UP.set(0)
+            metrics.RECORDS.labels("failed").inc(len(batch))
+            for job in batch:
+                self._marked.setdefault(job.job_id, job)
+            while len(self._marked) > settings.record_pending:
+                self._drop_one()
+            metrics.RECORDS_PENDING.set(len(self._marked))
+            return False
+        metrics.RECORDS.labels("written").inc(len(batch))
+        if not self._up:
+            log.info("job records are written again")
+            self._up = True
+            metrics.STORE_UP.set(1)
+            self._mark_live()
+        return True
+
+    async def _look_for_restart(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < SERVER_CHECK_SECONDS:
+            return
+        self._checked = now
+        server = await self._store.server_id()
+        if self._server and server != self._server:
+            log.info("the job store was restarted")
+            self._mark_live()
+        self._server = server
+
+    def _mark_live(self) -> None:
+        for job in self._live():
+            self.changed(job)
+
+    def _drop_one(self) -> None:
+        """The job marked first that has ended; else the first. Live ones are written again later anyway."""
+        ended = (job_id for job_id, job in self._marked.items() if job.state.terminal)
+        del self._marked[next(ended, next(iter(self._marked)))]
+        metrics.RECORDS.labels("dropped").inc()
