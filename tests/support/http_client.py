@@ -58,9 +58,14 @@ async def stream(
     headers: dict[str, str] | None = None,
     timeout: float = 300,
     stop_after: int | None = None,
+    run: StreamRun | None = None,
 ) -> StreamRun:
-    """POSTs `payload` and reads the answer to its end, or drops the connection after `stop_after` events."""
-    run = StreamRun(started=time.perf_counter())
+    """POSTs `payload` and reads the answer to its end, or drops the connection after `stop_after` events.
+
+    Pass `run` to look at a stream while it goes on.
+    """
+    run = run or StreamRun()
+    run.started = time.perf_counter()
     async with asyncio.timeout(timeout):
         reader, writer = await asyncio.open_connection(host, port)
         try:

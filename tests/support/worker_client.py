@@ -136,6 +136,7 @@ class WorkerClient:
         attempt: int = 1,
         timeout_ms: int = 0,
         processor_state: bytes = b"",
+        cache_salt: bytes = b"",
     ) -> tuple[TaskRun, asyncio.Event, asyncio.Event]:
         """Submits a task; returns (run, finished, first token) without waiting for either."""
         task_id = task_id or f"direct-{time.time_ns():x}-{next(_ids)}"
@@ -153,6 +154,7 @@ class WorkerClient:
             kv_source=kv_source,
             timeout_ms=timeout_ms,
             processor_state=processor_state,
+            cache_salt=cache_salt,
         )
         async with self._writing:
             await self._call.write(worker_pb2.TasksRequest(submit=task))
@@ -185,10 +187,17 @@ async def generate_disaggregated(
     max_tokens: int,
     timeout: float = 120,
     sampling: common_pb2.SamplingParams | None = None,
+    cache_salt: bytes = b"",
 ) -> TaskRun:
     """Prefill on one executor, pull, decode on the other; the merged run of both."""
     task_id = f"pd-{time.time_ns():x}-{next(_ids)}"
-    common = {"revision": revision, "max_tokens": max_tokens, "sampling": sampling, "task_id": task_id}
+    common = {
+        "revision": revision,
+        "max_tokens": max_tokens,
+        "sampling": sampling,
+        "task_id": task_id,
+        "cache_salt": cache_salt,
+    }
     first = await prefill.generate(prompt, timeout=timeout, kind=common_pb2.TASK_KIND_PREFILL, **common)
     if first.handover is None:
         return first
