@@ -45,6 +45,15 @@ AUDIT_SECONDS = 5.0
 ProcessorFactory = Callable[[EngineTask], SequenceProcessor | None]
 
 
+def restored_processor(task: EngineTask) -> SequenceProcessor | None:
+    """The processor named in a task's state. Raises ValueError for a state that cannot be read."""
+    if not task.processor_state:
+        return None
+    from flowserve.engine.processors import restore  # brings torch: most tasks, and tests, need none
+
+    return restore(task.processor_state)
+
+
 class Engine:
     """One model on one executor. `start`, then submit; `stop` ends every task."""
 
@@ -56,7 +65,7 @@ class Engine:
         *,
         handover: KVHandover | None,
         on_event: Callable[[StepEvent], None],
-        processor_factory: ProcessorFactory | None = None,
+        processor_factory: ProcessorFactory = restored_processor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_event` runs on the engine's thread and must not block. `handover` None: unified tasks only.
@@ -120,13 +129,11 @@ class Engine:
         )
         if error is not None:
             raise self._rejected(error)
-        processor = None
-        if self._processor_factory is not None:
-            try:
-                processor = self._processor_factory(task)
-            except ValueError as problem:
-                message = f"logit processor cannot be made: {problem}"
-                raise self._rejected(TaskError(ErrorCode.INVALID_ARGUMENT, message)) from problem
+        try:
+            processor = self._processor_factory(task)
+        except ValueError as problem:
+            message = f"logit processor cannot be made: {problem}"
+            raise self._rejected(TaskError(ErrorCode.INVALID_ARGUMENT, message)) from problem
         key = task.key
         with self._mail:
             if self._stopping:

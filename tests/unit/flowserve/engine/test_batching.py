@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from flowserve.engine.config import EngineConfig
@@ -266,6 +268,28 @@ def test_evicted_prefixes_come_back_from_the_host_tier() -> None:
     assert again.first.cached_tokens == 28
     assert rig.executor.batches[0] == [(28, 2)]
     check(rig, {"a": prompt, "b": prompt}, 4)
+    rig.assert_clean()
+    rig.cache.close()
+
+
+def test_an_abort_while_populating_frees_the_blocks_when_nothing_writes_them() -> None:
+    rig = Rig(num_blocks=12, host_bytes=1 << 20)
+    submit_all(rig, {"a": tokens_of(1, 30)}, 4)
+    rig.run()
+    submit_all(rig, {"other": tokens_of(2, 40)}, 4)
+    rig.run()
+    gate = threading.Event()
+    write = rig.store.store
+    rig.store.store = lambda start, data: (gate.wait(5), write(start, data))[1]  # type: ignore[method-assign]
+    again = rig.submit(make_task(tokens_of(1, 30), 4, task_id="b"))
+    rig.step(2)
+    rig.engine.abort("b", 0)
+    rig.step()
+    assert again.final.finish is FinishReason.ABORTED
+    assert rig.cache.held_blocks > 0 and rig.engine.audit().leaked_blocks == 0
+    gate.set()
+    while rig.cache.populating:
+        rig.step()
     rig.assert_clean()
     rig.cache.close()
 

@@ -105,6 +105,32 @@ def test_blocks_the_decode_side_has_are_not_pulled(length: int) -> None:
     pair.assert_clean()
 
 
+def test_the_block_of_the_token_to_feed_is_never_shared() -> None:
+    pair = Pair()
+    prompt = tokens_of(1, 15)
+    first = pair.handed_over(prompt)
+    warm = pair.d.submit(make_task(prompt + first.tokens, 2, task_id="warm"))
+    pair.d.run(warm)
+    second = pair.decode(prompt, first.tokens)
+    pair.d.step()
+    assert pair.wire.pulls[0].request.skip_blocks == 3
+    pair.wire.pump()
+    pair.d.run()
+    assert second.tokens == expected_output(prompt, 10)[0]
+    pair.assert_clean()
+
+
+def test_chunks_below_a_block_are_announced_when_the_block_is_full() -> None:
+    wire = Wire()
+    rig = Rig(wire=wire, config=EngineConfig(max_running=2, max_batch_tokens=2))
+    answer = rig.submit(make_task(tokens_of(1, 11), kind=TaskKind.PREFILL))
+    while answer.final is None:
+        rig.step()
+        transfer = wire.transfers["t.0"]
+        assert transfer.complete or transfer.tokens % 4 == 0
+    assert transfer.tokens == 11
+
+
 def test_a_prefill_whose_first_token_is_the_last_offers_nothing() -> None:
     pair = Pair()
     answer = pair.prefill(tokens_of(1, 9), max_output=1)
@@ -290,10 +316,10 @@ def test_a_preempted_decode_is_recomputed_from_its_ids() -> None:
 
 
 def test_a_prefill_on_offer_is_never_preempted() -> None:
-    pair = Pair(blocks_p=12, batch=8)
+    pair = Pair(blocks_p=13, batch=8)
     stream = pair.p.submit(make_task(tokens_of(9, 8), 20, task_id="stream"))
     pair.p.step(2)
-    answer = pair.prefill(tokens_of(1, 28), priority=-1)
+    answer = pair.prefill(tokens_of(1, 36), priority=-1)
     for _ in range(300):
         pair.p.step()
         if answer.final is not None:
@@ -302,6 +328,7 @@ def test_a_prefill_on_offer_is_never_preempted() -> None:
     pair.wire.release("t.0", "acked")
     pair.p.run()
     assert stream.tokens == expected_output(tokens_of(9, 8), 20)[0]
+    assert stream.final.timings.preemptions > 0, "the stream gave way instead"
     pair.assert_clean()
 
 

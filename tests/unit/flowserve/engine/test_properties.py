@@ -149,8 +149,10 @@ class EnginesMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.wire.hold_releases = False
-        for _ in range(600):
+        for turn in range(900):
             self.wire.pump()
+            if turn % 100 == 99:  # offers whose decode task was refused hold blocks until their lease ends
+                self.wire.expire()
             for rig in self.rigs:
                 rig.executor.fail_next = 0
                 rig.step()
