@@ -114,8 +114,8 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
         except* (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as errors:
             log.info("stream %s broke: %s", stream.owner, errors.exceptions[0])
         finally:
-            self._streams.remove(stream)
-            self._abort_tasks(stream)
+            if self._streams.remove(stream):  # else it was replaced, and its tasks aborted with that
+                self._abort_tasks(stream)
             metrics.STREAM_ENDS.labels(ended.reason).inc()
             log.info("stream %s ended: %s %s", stream.owner, ended.reason, ended)
         if ended.code is not grpc.StatusCode.OK:
@@ -206,9 +206,9 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
         last_load = self._clock()
         said = self._said()
         while True:
+            await self._snapshot(stream)
             if outbox.empty:
                 await outbox.wait(max(0.0, last_load + LOAD_EVERY_SECONDS - self._clock()))
-            await self._snapshot(stream)
             step = self._step(stream)
             now = self._clock()
             if self._said() != said or now - last_load >= (

@@ -77,14 +77,15 @@ class Streams:
         metrics.STREAMS.set(len(self))
         return stream, replaced
 
-    def remove(self, stream: GatewayStream) -> None:
-        """Nothing is delivered to it any more. Idempotent."""
+    def remove(self, stream: GatewayStream) -> bool:
+        """Nothing is delivered to it any more. False if that was so before."""
         if self._by_owner.pop(stream.owner, None) is None:
-            return
+            return False
         if self._by_key.get(stream.key) is stream:
             del self._by_key[stream.key]
         stream.outbox.close()
         metrics.STREAMS.set(len(self))
+        return True
 
     def dispatch(self, event: StepEvent) -> None:
         """Puts one step's event into the outboxes it concerns; each writer is woken once."""

@@ -21,10 +21,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-import grpc.aio
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvtransfer.auth import call_metadata
+from kvtransfer.channel import open_channel
 from tests.support.worker_client import WorkerClient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,15 +48,17 @@ class TaskExecutor:
         shm_dir: Path | None = None,
         options: Sequence[str] = (),
         env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-m", "flowserve.shell"),
     ) -> None:
-        """`folder` takes endpoint file and log. `options` are further arguments of the shell."""
+        """`folder` takes endpoint file and log. `options` are further arguments of the shell; `program`
+        is what Python runs (a test may wrap the shell)."""
         self.te_id = te_id
         self.token = token
         self.metadata = call_metadata(token)
         self._endpoint = folder / f"{te_id}.json"
         self.log = folder / f"{te_id}.log"
         self._command = [
-            *(sys.executable, "-m", "flowserve.shell", "--te-id", te_id, "--listen", "127.0.0.1:0"),
+            *(sys.executable, *program, "--te-id", te_id, "--listen", "127.0.0.1:0"),
             *("--endpoint-file", str(self._endpoint), "--role", role, "--threads", "1"),
             *(("--redis-url", redis_url) if redis_url else ()),
             *(("--shm-dir", str(shm_dir)) if shm_dir is not None else ()),
@@ -94,19 +96,15 @@ class TaskExecutor:
         assert endpoint["pid"] == self.process.pid
         self.address, self.metrics_url = endpoint["address"], endpoint["metrics_url"]
         self.incarnation = endpoint["incarnation"]
-        self._channel = grpc.aio.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)])
-        self.stub = worker_pb2_grpc.TaskExecutorStub(self._channel)
         return self
 
     async def wait(self, timeout: float = 30.0) -> int:
         """The exit code of a process that ends by itself."""
         assert self.process is not None
         try:
-            code = await asyncio.to_thread(self.process.wait, timeout)
+            return await asyncio.to_thread(self.process.wait, timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.te_id} does not end:\n{self.log_text()}") from None
-        await self._channel.close()
-        return code
 
     async def stop(self, timeout: float = 30.0) -> int:
         """SIGTERM; returns the exit code."""
@@ -126,7 +124,12 @@ class TaskExecutor:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    # -- the leader's calls ----------------------------------------------------------------------
+    # -- the leader's calls: a channel each, so that a process outlives a test's event loop ---------
+
+    @contextlib.asynccontextmanager
+    async def stub(self) -> AsyncIterator[worker_pb2_grpc.TaskExecutorAsyncStub]:
+        async with open_channel(self.address) as channel:
+            yield worker_pb2_grpc.TaskExecutorStub(channel)
 
     async def load(
         self,
@@ -146,18 +149,23 @@ class TaskExecutor:
             max_model_len=max_model_len,
             tensor_parallel=1,
         )
-        return await self.stub.LoadModel(request, metadata=self.metadata, timeout=timeout)
+        async with self.stub() as stub:
+            return await stub.LoadModel(request, metadata=self.metadata, timeout=timeout)
 
     async def set_role(self, role: int, epoch: int) -> worker_pb2.SetRoleResponse:
         request = worker_pb2.SetRoleRequest(role=role, epoch=epoch)  # type: ignore[arg-type]  # an enum as int
-        return await self.stub.SetRole(request, metadata=self.metadata, timeout=10)
+        async with self.stub() as stub:
+            return await stub.SetRole(request, metadata=self.metadata, timeout=10)
 
     async def drain(self, timeout: float = 10.0, *, exit: bool = False) -> worker_pb2.DrainResponse:
         request = worker_pb2.DrainRequest(timeout_ms=round(timeout * 1000), exit=exit)
-        return await self.stub.Drain(request, metadata=self.metadata, timeout=timeout + 10)
+        async with self.stub() as stub:
+            return await stub.Drain(request, metadata=self.metadata, timeout=timeout + 10)
 
     async def status(self) -> worker_pb2.ExecutorStatus:
-        return await self.stub.GetStatus(worker_pb2.GetStatusRequest(), metadata=self.metadata, timeout=10)
+        async with self.stub() as stub:
+            request = worker_pb2.GetStatusRequest()
+            return await stub.GetStatus(request, metadata=self.metadata, timeout=10)
 
     async def settled(self, timeout: float = 10.0) -> worker_pb2.ExecutorStatus:
         """Waits until nothing is left of any task or transfer; fails with what is. Then nothing leaks."""
