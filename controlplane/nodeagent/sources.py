@@ -78,16 +78,17 @@ def fetch(
 
 
 def cached_models(cache_dir: Path | None = None) -> list[FetchedModel]:
-    """What the cache holds, by URI; local files that were used count too while they exist."""
+    """What the cache holds, by URI; files elsewhere that were used count too while they exist."""
     found = []
-    for path in sorted((cache_dir or cache_root()).glob("models/*/manifest.json")):
+    models = (cache_dir or cache_root()) / "models"
+    for path in sorted(models.glob("*/manifest.json")):
         manifest = Manifest.load(path)
         if manifest is None:
             continue
         local = manifest.uri.startswith("file://")
         base = Path(manifest.uri.removeprefix("file://")) if local else path.parent / "content"
         primary = base / manifest.primary if manifest.primary else base
-        if primary.exists():
+        if primary.exists() and not (local and base.is_relative_to(models)):
             found.append(FetchedModel(primary, manifest.sha256, manifest.uri, manifest.bytes))
     return sorted(found, key=lambda model: model.uri)
 
