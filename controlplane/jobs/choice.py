@@ -297,8 +297,7 @@ class Choice:
         self.refusals += 1
         self.excluded.add(attempt.te_id)
         metrics.REPLAYS.labels(reason).inc()
-        if reason == "queue_full":
-            self.unplaced_reason = Reason.BUSY
+        self.unplaced_reason = Reason.BUSY if reason == "queue_full" else Reason.NO_EXECUTOR
         now = self._host.now()
         if self.state is TaskState.DECODING and self.offer is not None and now < self.offer.until:
             attempt.end(reason, self._host.wall())
@@ -347,8 +346,10 @@ class Choice:
         if not refused:  # a refused task was never placed: its waiting goes on
             self.unplaced_since = now
         self.not_before = now + self._pause() if pause else 0.0
-        self.job.changed()
-        host.wants_place(self)
+        self._tick_held(now - self.unplaced_since)  # refusals may follow each other without an end
+        if not self.state.terminal:
+            self.job.changed()
+            host.wants_place(self)
 
     def _pause(self) -> float:
         self._pauses += 1

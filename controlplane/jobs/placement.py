@@ -54,7 +54,7 @@ class Placer:
             decision = (decide_decode if decoding else decide)(view, request, self._policy, draw)
             metrics.DECIDE_SECONDS.observe(time.perf_counter() - started)
             if isinstance(decision, Unplaceable):
-                return Reason.BUSY if missed and decision.reason is not Reason.BUSY else decision.reason
+                return self._why(choice, view, decision.reason, missed)
             try:
                 self._submit(choice, decision, decoding=decoding)
             except LinkUnavailable:
@@ -62,6 +62,14 @@ class Placer:
                 continue
             return None
         return Reason.BUSY
+
+    @staticmethod
+    def _why(choice: Choice, view: ClusterView, reason: Reason, missed: set[str]) -> Reason:
+        if missed:
+            return Reason.BUSY  # their links may be back in a moment
+        if view.executors and all(executor.te_id in choice.never for executor in view.executors):
+            return Reason.TOO_LARGE  # each has said so
+        return reason
 
     def _request(self, choice: Choice, view: ClusterView, missed: set[str], *, decoding: bool) -> RequestView:
         job, request = choice.job, choice.job.request
