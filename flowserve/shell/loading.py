@@ -129,17 +129,23 @@ class Loader:
         self._preloaded = False
 
     def preload(self) -> None:
-        """Imports the libraries and readies them. Blocks; repeatable, from any thread."""
+        """Imports the libraries, readies the device. Blocks; repeatable, from any thread.
+
+        Raises ImportError or ValueError where this process can never load a model.
+        """
         with self._lock:
             if self._preloaded:
                 return
             import torch
 
             import flowserve.engine.engine
+            import flowserve.engine.processors
             import flowserve.executor.local
-            import flowserve.rtc  # noqa: F401  what a load needs
+            import flowserve.rtc  # noqa: F401  what a load and a submit need
+            from flowserve.devices import open_device
 
             torch.set_num_threads(self._settings.threads)
+            open_device(self._settings.device)  # its driver is up, or this process is of no use
             gc.collect()
             gc.freeze()  # what was imported is never garbage: collections need not look at it again
             self._preloaded = True

@@ -9,7 +9,7 @@ from prometheus_client import Counter, Enum, Gauge, Info, start_http_server
 
 TASKS = Counter(
     "deepflow_te_tasks",
-    "Tasks by kind and outcome: how they ended, or `rejected_<error>` for those not accepted.",
+    "Tasks by kind and outcome: how they ended, `rejected_<error>` for those not accepted.",
     ("kind", "outcome"),
 )
 STREAMS = Gauge("deepflow_te_streams", "Gateway streams that are open.")
@@ -40,6 +40,9 @@ REGISTRY_ERRORS = Counter("deepflow_te_registry_errors", "Failed writes to the r
 REGISTRY_CONNECTED = Gauge("deepflow_te_registry_connected", "1 while the last write went through.")
 DRAIN_SECONDS = Gauge("deepflow_te_drain_seconds", "Seconds the last drain took.")
 DRAIN_LEFT = Gauge("deepflow_te_drain_left", "Tasks and transfers left at the last drain's end.", ("what",))
+STALE_SOCKETS = Counter(
+    "deepflow_te_stale_sockets", "Sockets of killed executors that this one removed at its start."
+)
 PULLS = Gauge("deepflow_te_pulls", "Pulls that the engine waits for.")
 INFO = Info("deepflow_te", "Which executor this is.")
 

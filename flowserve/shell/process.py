@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -49,6 +50,8 @@ EXIT_NOW = 130
 SERVER_GRACE_SECONDS = 2.0
 """For calls under way when the server stops: the answer of a Drain, the last deltas of a stream."""
 CLOSE_SECONDS = 5.0
+SOCKET_GRACE_SECONDS = 60.0
+MAX_SOCKETS_LOOKED_AT = 1000
 
 _STATES = {
     State.WARM: pb.EXECUTOR_STATE_WARM,
@@ -57,6 +60,10 @@ _STATES = {
     State.DRAINING: pb.EXECUTOR_STATE_DRAINING,
     State.FAILED: pb.EXECUTOR_STATE_FAILED,
 }
+
+
+class CannotStart(Exception):
+    """This process can never serve; starting another one like it does not help."""
 
 
 class TaskExecutorProcess:
@@ -161,6 +168,9 @@ class TaskExecutorProcess:
         self._identity = Identity(settings.te_id, self.incarnation, address)
         self._serve(server)
         await server.start()
+        if settings.shm_dir is not None:
+            settings.shm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await asyncio.to_thread(remove_dead_sockets, settings.shm_dir)
         await self._kv_service.start()
         metrics_server = self._start_metrics()
         metrics.INFO.info(
@@ -233,9 +243,12 @@ class TaskExecutorProcess:
         return self.lifecycle.model.engine if self.lifecycle.model is not None else None
 
     async def _preload(self) -> None:
-        """A missing library is a reason to end at once, not at the first load."""
+        """A missing library or device ends the process now, not at the first load."""
         started = time.monotonic()
-        await asyncio.to_thread(self._loader.preload)
+        try:
+            await asyncio.to_thread(self._loader.preload)
+        except (ImportError, ValueError) as error:
+            raise CannotStart(f"device {self._settings.device} cannot be used: {error}") from error
         metrics.START_SECONDS.labels("libraries").set(process_age())
         log.info(
             "libraries ready after %.2f s (%.2f s of it here)", process_age(), time.monotonic() - started
@@ -250,7 +263,7 @@ class TaskExecutorProcess:
 
     def _serve(self, server: grpc.aio.Server) -> None:
         service = TaskExecutorService(
-            self._identity, self.lifecycle, self.streams, record=self.record, on_exit=self._stop.set
+            self._identity, self.lifecycle, self.streams, record=self.record, on_exit=self._on_drained
         )
         worker_pb2_grpc.add_TaskExecutorServicer_to_server(service, server)
         self._kv_service.add_to_server(server)
@@ -268,6 +281,11 @@ class TaskExecutorProcess:
         host = self._settings.advertise_host if listen.host in ("0.0.0.0", "::") else listen.host
         self._metrics_url = f"http://{Endpoint(host, server.port)}/metrics"
         return server
+
+    def _on_drained(self) -> None:
+        """A Drain with `exit` has waited as long as its caller wanted."""
+        self._drain_seconds = 0.0
+        self._stop.set()
 
     def _on_signal(self, number: int) -> None:
         self._signals += 1
@@ -311,6 +329,26 @@ def _bind(server: grpc.aio.Server, listen: Endpoint) -> int:
     return port
 
 
+def remove_dead_sockets(folder: Path) -> int:
+    """Removes the pool sockets (kvtransfer.shm) that killed processes left; returns how many.
+
+    Nobody listens at a dead one. One that is younger than a minute may be about to be listened at.
+    """
+    removed = 0
+    for path in itertools.islice(folder.glob("kv-*.sock"), MAX_SOCKETS_LOOKED_AT):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            if time.time() - path.stat().st_mtime < SOCKET_GRACE_SECONDS:
+                continue
+            probe.settimeout(0.2)
+            try:
+                probe.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                removed += 1
+    metrics.STALE_SOCKETS.inc(removed)
+    return removed
+
+
 def process_age() -> float:
     """Seconds since the operating system started this process; 0.0 where it does not tell."""
     try:
@@ -331,9 +369,13 @@ def main(settings: Settings) -> NoReturn:
         except OSError as error:
             log.critical("cannot start: %s", error)
             code = EXIT_CANNOT_START
-        except BaseExceptionGroup:
-            log.exception("a part of the process failed")
-            code = EXIT_FAILED
+        except BaseExceptionGroup as group:
+            if (reason := group.subgroup(CannotStart)) is not None:
+                log.critical("cannot start: %s", reason.exceptions[0])
+                code = EXIT_CANNOT_START
+            else:
+                log.exception("a part of the process failed")
+                code = EXIT_FAILED
         _leave(code)
 
     uvloop.run(run())

@@ -162,7 +162,9 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             error = self._try_submit(stream, message)
         if error is None or stream.ending is not None:
             return
-        metrics.TASKS.labels("rejected", error.code.value).inc()
+        kind = convert.KINDS.get(message.kind)
+        outcome = f"rejected_{error.code.value}"
+        metrics.TASKS.labels(kind.value if kind is not None else "unknown", outcome).inc()
         stream.outbox.add_delta(
             TaskDelta(
                 task_id=message.task_id[: convert.MAX_ID_CHARS],
@@ -178,7 +180,9 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
         if model is None:
             raise AssertionError("accepts() saw a model")
         try:
-            model.engine.submit(convert.task_of(message, stream.owner, self._clock()))
+            task = convert.task_of(message, stream.owner, self._clock())
+            model.engine.submit(task)
+            self._streams.accepted(task)
         except convert.InvalidTask as invalid:
             return TaskError(ErrorCode.INVALID_ARGUMENT, str(invalid))
         except TaskRejected as rejected:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from flowserve.engine.types import StepEvent
+from flowserve.engine.types import EngineTask, StepEvent
 from flowserve.shell import metrics
 from flowserve.shell.outbox import Outbox
 
@@ -54,6 +54,7 @@ class Streams:
     def __init__(self, max_streams: int = MAX_STREAMS) -> None:
         self._by_key: dict[tuple[str, str], GatewayStream] = {}
         self._by_owner: dict[str, GatewayStream] = {}
+        self._kinds: dict[tuple[str, int], str] = {}  # of tasks that the engine holds, so bounded by it
         self._numbers = itertools.count(1)
         self._max_streams = max_streams
 
@@ -87,12 +88,17 @@ class Streams:
         metrics.STREAMS.set(len(self))
         return True
 
+    def accepted(self, task: EngineTask) -> None:
+        """The engine took it."""
+        self._kinds[task.key] = task.kind.value
+
     def dispatch(self, event: StepEvent) -> None:
         """Puts one step's event into the outboxes it concerns; each writer is woken once."""
         for delta in event.deltas:
             if delta.finish is not None:
                 outcome = delta.error.code.value if delta.error is not None else delta.finish.value
-                metrics.TASKS.labels("accepted", outcome).inc()
+                kind = self._kinds.pop((delta.task_id, delta.attempt), "unknown")
+                metrics.TASKS.labels(kind, outcome).inc()
             stream = self._by_owner.get(delta.owner)
             if stream is not None:  # else its stream is gone: the abort of its tasks is under way
                 stream.outbox.add_delta(delta)

@@ -6,9 +6,11 @@ Needs the embedded Valkey; the watchdog's test needs the small model. Takes abou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from deepflow.v1 import common_pb2 as cpb
 from deepflow.v1 import worker_pb2 as pb
 
 from controlplane.local.valkey import ValkeyServer
+from flowserve.shell.process import remove_dead_sockets
 from tests.support.te import ROLE_DECODE, ROLE_PREFILL, ROOT, TOKEN, TaskExecutor, executor
 
 
@@ -77,7 +80,7 @@ async def test_a_warm_executor_registers_refuses_bad_models_and_leaves_nothing_b
 
         metrics = (await asyncio.to_thread(httpx.get, te.metrics_url)).text
         assert 'deepflow_te_state{deepflow_te_state="warm"} 1.0' in metrics
-        assert 'deepflow_te_tasks_total{kind="rejected",outcome="model_not_loaded"} 1.0' in metrics
+        assert 'deepflow_te_tasks_total{kind="unified",outcome="rejected_model_not_loaded"} 1.0' in metrics
 
         assert await te.stop() == 0
         assert record_of(valkey_url, te_id) is None
@@ -139,6 +142,27 @@ async def test_an_address_in_use_ends_the_process_with_a_reason(tmp_path: Path) 
         with pytest.raises(AssertionError, match="cannot listen"):
             await other.start()
         assert await other.wait() == 1
+
+
+async def test_a_device_that_is_not_there_ends_the_process_with_a_reason(tmp_path: Path) -> None:
+    te = TaskExecutor("te-0", tmp_path, options=("--device", "abacus"))
+    with contextlib.suppress(AssertionError):  # it may serve for a moment
+        await te.start()
+    assert await te.wait() == 1
+    assert "cannot start: device abacus" in te.log_text()
+
+
+def test_sockets_of_killed_processes_are_removed_and_living_ones_are_not(tmp_path: Path) -> None:
+    long_ago = time.time() - 3600
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as alive:
+        for sock, name in ((dead, "kv-dead.sock"), (alive, "kv-alive.sock")):
+            sock.bind(str(tmp_path / name))
+            os.utime(tmp_path / name, (long_ago, long_ago))
+        alive.listen()
+        dead.close()
+        (tmp_path / "kv-young.sock").touch()
+        assert remove_dead_sockets(tmp_path) == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["kv-alive.sock", "kv-young.sock"]
 
 
 async def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
@@ -203,6 +227,21 @@ async def test_a_hung_engine_ends_the_process_and_says_so(
         record = record_of(valkey_url, te_id)
         assert record is not None and record.state == pb.EXECUTOR_STATE_FAILED
         assert "stood still" in record.message and "stood still" in te.log_text()
+
+
+@pytest.mark.model
+async def test_a_signal_while_loading_ends_the_process_in_order(
+    small_model_path: Path, tmp_path: Path
+) -> None:
+    async with executor("te-0", tmp_path) as te:
+        load = asyncio.create_task(te.load(small_model_path, "model@1"))
+        while (await te.status()).record.state != pb.EXECUTOR_STATE_LOADING:
+            await asyncio.sleep(0.01)
+        started = time.monotonic()
+        assert await te.stop() == 0
+        assert time.monotonic() - started < 5
+        with pytest.raises(grpc.aio.AioRpcError):
+            await load
 
 
 @pytest.mark.model
