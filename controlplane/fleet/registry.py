@@ -78,6 +78,7 @@ class Registry:
         while True:
             self._hint.clear()
             await self.read()
+            heed_cancellation()
             age = 0.0 if self.last_read is None else time.monotonic() - self.last_read
             metrics.REGISTRY_AGE.set(age)
             with contextlib.suppress(TimeoutError):
@@ -109,9 +110,19 @@ class Registry:
                     await pubsub.subscribe(HINT_CHANNEL)
                     while True:
                         message = await pubsub.get_message(timeout=self._poll_seconds)
+                        heed_cancellation()
                         if message is not None:
                             self._hint.set()
+            heed_cancellation()
             await asyncio.sleep(self._poll_seconds)
+
+
+def heed_cancellation() -> None:
+    """For loops over a Redis client: its calls go through `asyncio.wait_for`, which until Python 3.12 forgets
+    a cancellation that arrives as the call completes; the loop, and whoever waits for its end, would hang."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _text(value: bytes | str) -> str:

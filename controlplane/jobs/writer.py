@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 from redis.exceptions import RedisError
 
+from controlplane.fleet.registry import heed_cancellation
 from controlplane.jobs import metrics
 from controlplane.jobs.job import Job
 from controlplane.jobs.settings import RuntimeSettings
@@ -57,6 +58,7 @@ class RecordWriter:
             except Exception:
                 log.exception("writing job records failed")
                 written = False
+            heed_cancellation()
             pause = self._settings.record_flush_seconds if written else min(2.0, max(pause, 0.1) * 2)
 
     async def flush(self) -> bool:
