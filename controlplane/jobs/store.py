@@ -7,6 +7,7 @@ for a bounded time and in a bounded number. Written by `writer.py`, read by the 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from redis.asyncio import Redis
 
 from controlplane.jobs.records import JobRecord, from_bytes, to_bytes
+
+log = logging.getLogger(__name__)
 
 JOB_PREFIX = "deepflow:job:"
 INDEX = "deepflow:jobs"
@@ -43,7 +46,7 @@ class JobStore:
 
     async def get(self, job_id: str) -> JobRecord | None:
         data = await self._redis.get(JOB_PREFIX + job_id)
-        return None if data is None else from_bytes(_bytes(data))
+        return _read(data)
 
     async def list(
         self, limit: int, cursor: str | None = None, tenant: str | None = None
@@ -61,7 +64,7 @@ class JobStore:
             if not entries:
                 return found, None
             values = await self._redis.mget([JOB_PREFIX + job_id for _, job_id in entries])
-            found += [from_bytes(_bytes(value)) for value in values if value is not None]
+            found += [record for value in values if (record := _read(value)) is not None]
             position = entries[-1]
             if len(entries) < wanted:
                 return found, None
@@ -115,8 +118,15 @@ class JobStore:
         return str(info.get("run_id", ""))
 
 
-def _bytes(value: bytes | str) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()
+def _read(value: bytes | str | None) -> JobRecord | None:
+    """None for what is gone, and for what another version wrote: it lives for an hour at most."""
+    if value is None:
+        return None
+    try:
+        return from_bytes(value if isinstance(value, bytes) else value.encode())
+    except ValueError as error:
+        log.warning("a job record cannot be read: %s", error)
+        return None
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:
