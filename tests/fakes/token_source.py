@@ -37,6 +37,8 @@ from deepflow.v1 import (
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from controlplane.fleet.registry import heed_cancellation
+
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth, call_metadata
 from kvtransfer.blockhash import block_hashes, chain_seed
 from kvtransfer.channel import SERVER_OPTIONS, open_channel
@@ -253,6 +255,7 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
             while True:
                 with contextlib.suppress(RedisError, OSError):
                     await self.register_once(redis)
+                heed_cancellation()
                 await asyncio.sleep(HEARTBEAT_SECONDS)
         finally:
             await redis.aclose()
