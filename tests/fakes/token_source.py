@@ -38,7 +38,6 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from controlplane.fleet.registry import heed_cancellation
-
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth, call_metadata
 from kvtransfer.blockhash import block_hashes, chain_seed
 from kvtransfer.channel import SERVER_OPTIONS, open_channel
