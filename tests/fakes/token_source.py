@@ -249,11 +249,14 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         await redis.publish("deepflow:te:events", self.te_id)
 
     async def _register(self) -> None:
-        redis = Redis.from_url(self.redis_url, socket_timeout=1, socket_connect_timeout=1)
+        # No socket timeout: with one, redis-py sends through asyncio.wait_for, which until Python 3.12 loses
+        # a cancellation that arrives as the send completes.
+        redis = Redis.from_url(self.redis_url, socket_timeout=None)
         try:
             while True:
-                with contextlib.suppress(RedisError, OSError):
-                    await self.register_once(redis)
+                with contextlib.suppress(RedisError, OSError, TimeoutError):
+                    async with asyncio.timeout(1):
+                        await self.register_once(redis)
                 heed_cancellation()
                 await asyncio.sleep(HEARTBEAT_SECONDS)
         finally:
