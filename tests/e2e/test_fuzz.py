@@ -117,11 +117,12 @@ async def test_bad_bodies_are_4xx_and_leave_nothing(stack_default: Stack) -> Non
 async def test_a_100_megabyte_body_is_refused_without_being_read(stack_default: Stack) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", stack_default.port)
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Content-Length: 104857600\r\n\r\n"
     )
     await writer.drain()
     status = await asyncio.wait_for(reader.readline(), 10)
-    assert b" 413 " in status
     writer.close()
+    await writer.wait_closed()
+    assert b" 413 " in status
     await stack_default.wait_clean()
