@@ -25,6 +25,25 @@ import uvloop
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def machine() -> dict[str, object]:
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
 @dataclass
 class Check:
     """One aim: what was measured, what was wanted, whether it holds (None = this run cannot tell)."""
@@ -41,14 +60,12 @@ class Report:
     name: str
     rows: list[dict[str, object]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    machine: dict[str, object] = field(default_factory=lambda: machine())
+    machine: dict[str, object] = field(default_factory=machine)
 
     def add(self, **row: object) -> None:
         self.rows.append(row)
 
-    def check(
-        self, name: str, value: float | None, unit: str, target: str, holds: bool | None
-    ) -> None:
+    def check(self, name: str, value: float | None, unit: str, target: str, holds: bool | None) -> None:
         self.checks.append(Check(name, value, unit, target, holds))
 
     def finish(self, json_path: str | None) -> int:
@@ -67,25 +84,12 @@ class Report:
 
 def _check_row(check: Check) -> dict[str, object]:
     holds = {True: "yes", False: "NO", None: "not told"}[check.holds]
-    return {"aim": check.name, "value": check.value, "unit": check.unit, "target": check.target, "holds": holds}
-
-
-def machine() -> dict[str, object]:
-    cpu = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_1m": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "aim": check.name,
+        "value": check.value,
+        "unit": check.unit,
+        "target": check.target,
+        "holds": holds,
     }
 
 

@@ -1,0 +1,243 @@
+"""Serving end to end: TTFT, TPOT and tokens/s for 1C and 1P1D, and what the gateway itself adds.
+
+    python -m tests.bench.serve [--quick] [--json PATH]
+
+Two stacks, 1C (all cores) and 1P1D (the cores shared out), are started as a user starts them and
+measured in turn, so that a machine that slows down slows both. "Direct" drives the same executors over
+the worker protocol with ready-made token ids: no gateway, template, tokenizer, job executor or SSE. The
+gateway's added latency is the difference of means of the two, alternating in one run; percentiles are
+never subtracted. Prompts differ between requests, so that no prefix is found in a cache.
+
+The client runs on the same cores as everything else and takes its share of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from deepflow.v1 import common_pb2
+
+from tests.bench import common
+from tests.support.http_client import stream
+from tests.support.stack import MODEL, Stack, running_stack
+from tests.support.worker_client import WorkerClient, generate_disaggregated, greedy
+
+PROMPT_TOKENS = 128
+OUTPUT_TOKENS = 64
+CONCURRENCY = (1, 8, 32)
+TOPOLOGIES = ("1C", "1P1D")
+VOCABULARY = (1000, 40_000)  # ids of ordinary tokens
+START_SECONDS = 15.0  # the aim for a second start
+STREAMS = 128  # the load aim
+LOAD_SECONDS = 120.0
+
+
+@dataclass
+class Sample:
+    """One request's figures, in seconds."""
+
+    first: float
+    rest: list[float] = field(default_factory=list)  # arrivals after the first, from the start
+    tokens: int = 0
+    error: str = ""
+
+    @property
+    def per_token(self) -> float:
+        return (self.rest[-1] - self.first) / (self.tokens - 1) if self.tokens > 1 and self.rest else 0.0
+
+    @property
+    def longest_gap(self) -> float:
+        times = [0.0, self.first, *self.rest]
+        return max(b - a for a, b in itertools.pairwise(times))
+
+
+class Prompts:
+    """Random token ids, never the same twice."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def next(self) -> list[int]:
+        return [self._random.randrange(*VOCABULARY) for _ in range(PROMPT_TOKENS)]
+
+
+async def through_gateway(stack: Stack, prompt: Sequence[int]) -> Sample:
+    payload = {
+        "model": MODEL,
+        "prompt": list(prompt),
+        "max_tokens": OUTPUT_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    run = await stream("127.0.0.1", stack.port, "/v1/completions", payload, timeout=600)
+    error = run.error()
+    if error is not None or not run.done or len(run.arrivals) < 3:
+        return Sample(0.0, error=str(error or "cut"))
+    usage = run.parsed()[-1]["usage"]
+    times = [at - run.started for at in run.arrivals[:-2]]  # without the finish and the usage events
+    tokens = int(usage["completion_tokens"])  # type: ignore[index]  # parsed JSON
+    return Sample(times[0], times[1:], tokens)
+
+
+async def direct(clients: dict[str, WorkerClient], revision: str, prompt: Sequence[int]) -> Sample:
+    started = time.perf_counter()
+    sampling = greedy(ignore_eos=True)
+    if "prefill" in clients:
+        run = await generate_disaggregated(
+            clients["prefill"], clients["decode"], prompt, revision=revision,
+            max_tokens=OUTPUT_TOKENS, sampling=sampling, timeout=600,
+        )  # fmt: skip
+    else:
+        run = await clients["colocated"].generate(
+            prompt, revision=revision, max_tokens=OUTPUT_TOKENS, sampling=sampling, timeout=600
+        )
+    if run.finish != common_pb2.FINISH_REASON_LENGTH:
+        return Sample(0.0, error=str(run.error))
+    times = [at - started for at, _ in run.arrivals]
+    return Sample(times[0], times[1:], len(run.tokens))
+
+
+async def batch(
+    ask: Callable[[], Awaitable[Sample]], concurrency: int, requests: int
+) -> tuple[list[Sample], float]:
+    """`requests` requests, `concurrency` at a time; their samples and the wall seconds of all."""
+    left = requests
+    samples: list[Sample] = []
+
+    async def client() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            samples.append(await ask())
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return samples, time.perf_counter() - started
+
+
+async def connect(stack: Stack) -> dict[str, WorkerClient]:
+    clients = {}
+    for te in stack.executors():
+        clients[te["role"]] = await stack.client(te, "bench").__aenter__()
+    return clients
+
+
+async def measure(args: object, report: common.Report, stacks: dict[str, Stack]) -> None:
+    quick = args.quick  # type: ignore[attr-defined]  # argparse namespace
+    rounds = 1 if quick else 5
+    concurrency = (1, 8) if quick else CONCURRENCY
+    prompts = Prompts(int(time.time()))
+    figures: dict[tuple[str, int, str], list[tuple[list[Sample], float]]] = {}
+    clients = {name: await connect(stack) for name, stack in stacks.items()}
+    for stack in stacks.values():  # buffers and cost models get warm
+        await batch(lambda s=stack: through_gateway(s, prompts.next()), 2, 2)  # type: ignore[misc]
+    for round_number in range(rounds):
+        for level in concurrency:
+            requests = level if quick else max(4, level)
+            for name, stack in stacks.items():
+                ways: list[tuple[str, Callable[[], Awaitable[Sample]]]] = [
+                    ("gateway", lambda s=stack: through_gateway(s, prompts.next())),  # type: ignore[misc]
+                    ("direct", lambda s=stack, c=clients[name]: direct(c, s.revision, prompts.next())),  # type: ignore[misc]
+                ]
+                for way, ask in ways if round_number % 2 == 0 else reversed(ways):
+                    figures.setdefault((name, level, way), []).append(await batch(ask, level, requests))
+    for group in clients.values():
+        for client in group.values():
+            await client.__aexit__(None, None, None)
+    errors = 0
+    for (name, level, way), runs in sorted(
+        figures.items(), key=lambda item: (item[0][1], item[0][0], item[0][2])
+    ):
+        samples = [sample for run, _ in runs for sample in run]
+        good = [sample for sample in samples if not sample.error]
+        errors += len(samples) - len(good)
+        report.add(
+            topology=name,
+            concurrency=level,
+            way=way,
+            requests=len(samples),
+            errors=len(samples) - len(good),
+            ttft_ms_p50=1e3 * common.median([s.first for s in good]),
+            ttft_ms_p99=1e3 * common.percentile([s.first for s in good], 99),
+            ttft_ms_mean=1e3 * common.mean([s.first for s in good]),
+            tpot_ms_p50=1e3 * common.median([s.per_token for s in good]),
+            tpot_ms_mean=1e3 * common.mean([s.per_token for s in good]),
+            tokens_per_s=common.median(
+                [sum(s.tokens for s in run if not s.error) / wall for run, wall in runs]
+            ),
+        )
+    rows = {(r["topology"], r["concurrency"], r["way"]): r for r in report.rows}
+    for name in stacks:
+        for level in concurrency:
+            through, bare = rows[name, level, "gateway"], rows[name, level, "direct"]
+            for what in ("ttft", "tpot"):
+                added = through[f"{what}_ms_mean"] - bare[f"{what}_ms_mean"]  # type: ignore[operator]
+                report.check(
+                    f"gateway's added mean {what.upper()}, {name}, concurrency {level}",
+                    added, "ms", "stated, no bound yet", None,
+                )  # fmt: skip
+    report.check("requests that failed", float(errors), "requests", "0", errors == 0)
+
+
+async def load(report: common.Report, stack: Stack) -> None:
+    """128 streams at once for two minutes: errors and the longest silence of any stream."""
+    prompts = Prompts(1)
+    ends = time.perf_counter() + LOAD_SECONDS
+    samples: list[Sample] = []
+
+    async def client() -> None:
+        while time.perf_counter() < ends:
+            samples.append(await through_gateway(stack, prompts.next()))
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(STREAMS)))
+    wall = time.perf_counter() - started
+    good = [sample for sample in samples if not sample.error]
+    gap = max(sample.longest_gap for sample in good)
+    report.add(
+        topology="1P1D", concurrency=STREAMS, way="gateway", requests=len(samples),
+        errors=len(samples) - len(good), ttft_ms_p50=1e3 * common.median([s.first for s in good]),
+        ttft_ms_p99=1e3 * common.percentile([s.first for s in good], 99),
+        ttft_ms_mean=1e3 * common.mean([s.first for s in good]),
+        tpot_ms_p50=1e3 * common.median([s.per_token for s in good]),
+        tpot_ms_mean=1e3 * common.mean([s.per_token for s in good]),
+        tokens_per_s=sum(s.tokens for s in good) / wall,
+    )  # fmt: skip
+    failed = float(len(samples) - len(good))
+    report.check(f"errors with {STREAMS} streams for 2 min", failed, "requests", "0", not failed)
+    report.check(f"longest silence with {STREAMS} streams", gap, "s", "< 60 (stall deadline)", gap < 60)
+
+
+async def main() -> int:
+    args = common.parser(__doc__.splitlines()[0]).parse_args()
+    report = common.Report("serve")
+    with ExitStack() as opened:
+        stacks: dict[str, Stack] = {}
+        second = 0.0
+        for name in TOPOLOGIES:
+            started = time.perf_counter()
+            stacks[name] = opened.enter_context(running_stack(name, "--kv-cache-bytes", "512M"))
+            second = time.perf_counter() - started
+        await measure(args, report, stacks)
+        names = [check.name for check in report.checks]
+        assert len(names) == len(set(names))
+        if args.quick:
+            report.check(f"errors with {STREAMS} streams for 2 min", None, "requests", "0", None)
+            report.check(f"longest silence with {STREAMS} streams", None, "s", "< 60 (stall deadline)", None)
+        else:
+            await load(report, stacks["1P1D"])
+        report.check("start with model and packages in place", second, "s", f"< {START_SECONDS:.0f}",
+                     second < START_SECONDS)  # fmt: skip
+    return report.finish(args.json)
+
+
+if __name__ == "__main__":
+    common.run(main())
