@@ -17,6 +17,7 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from controlplane.fleet.registry import heed_cancellation
 from controlplane.gateway import metrics
 from controlplane.gateway.auth import Authenticator
 from controlplane.gateway.keys import touch_keys
@@ -73,6 +74,7 @@ class Meter:
         while True:
             await asyncio.sleep(self._settings.usage_flush_seconds)
             await self.flush()
+            heed_cancellation()
 
     async def flush(self) -> None:
         """Writes what waits. Failures keep the rows and are logged once per outage."""

@@ -53,7 +53,9 @@ class Registry:
         self._record = record
         self._redis: Redis = Redis.from_url(
             url,
-            socket_timeout=TIMEOUT_SECONDS,
+            # Bounded by asyncio.timeout around each call: the client's own bound goes through
+            # asyncio.wait_for, which until Python 3.12 can forget a cancellation.
+            socket_timeout=None,
             socket_connect_timeout=TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),  # retrying is this class's
             max_connections=2,
