@@ -12,9 +12,11 @@ from deepflow.v1 import common_pb2
 from tests.support import prompts
 from tests.support.reference import Reference
 from tests.support.stack import MODEL, Stack
+from tests.support.te import executor
 from tests.support.worker_client import TaskRun, WorkerClient, generate_disaggregated, greedy
 
 NEW_TOKENS = 64
+CHUNK_TOKENS = 512  # EngineConfig.max_batch_tokens: longer prompts are cut
 TIE_NATS = 1e-4
 """Two float32 codes may order logits that lie closer than this differently; anything wider is a bug."""
 
@@ -90,6 +92,22 @@ async def test_float32_1p1d_equals_1c_equals_transformers(stack_float32: Stack, 
         agreement = reference.agreement(prompt, run.tokens)
         assert agreement.worst_gap < TIE_NATS, f"prompt of {len(prompt)} tokens: {agreement}"
     await stack.wait_clean()
+
+
+async def test_chunked_prefill_equals_whole_prompts(
+    stack_float32: Stack, small_model_path: Path, tmp_path: Path
+) -> None:
+    """The longest prompts in one step each, on an executor of its own, against the stack's chunks."""
+    stack = stack_float32
+    suite = [prompt for prompt in await tokenized(stack) if len(prompt) > CHUNK_TOKENS]
+    assert len(suite) >= 4
+    async with stack.client(stack.executor("decode")) as client:
+        chunked = await colocated(client, suite, stack.revision, b"1C")
+    async with executor("whole", tmp_path, options=["--no-chunked-prefill"]) as te:
+        await te.load(small_model_path, stack.revision, dtype="float32", kv_cache_bytes=1 << 30)
+        async with te.connect() as client:
+            whole = await colocated(client, suite, stack.revision, b"whole")
+    assert [run.tokens for run in whole] == [run.tokens for run in chunked]
 
 
 async def test_bfloat16_stays_close_to_the_float32_reference(

@@ -104,7 +104,7 @@ class Stack:
 
     def pids(self) -> list[int]:
         status = self.status()
-        return [status["supervisor"]["pid"], *(c["pid"] for c in status["children"] if c["pid"])]
+        return [status["supervisor"][0], *(c["pid"] for c in status["children"] if c["pid"])]
 
     def client(self, te: dict[str, Any], gateway_id: str = "direct") -> WorkerClient:
         return WorkerClient(te["address"], self.token, gateway_id)
