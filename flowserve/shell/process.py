@@ -206,6 +206,7 @@ class TaskExecutorProcess:
                 await self.lifecycle.drain(self._drain_seconds)
             for task in background:
                 task.cancel()
+            await asyncio.wait(background, timeout=CLOSE_SECONDS)  # no beat may follow the removal
             await self._end(server, pulls, failed=code != EXIT_OK)
         if metrics_server is not None:
             await asyncio.to_thread(metrics_server.stop)

@@ -83,6 +83,9 @@ class Registry:
                 wait = BEAT_SECONDS
             else:
                 wait, backoff = backoff, min(2 * backoff, BACKOFF_LAST_SECONDS)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError  # the client's connecting may have swallowed it
             try:
                 async with asyncio.timeout(wait):
                     await self._wake.wait()

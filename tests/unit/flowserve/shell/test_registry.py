@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -150,6 +151,26 @@ async def test_an_outage_is_survived_logged_once_and_healed(
     lost = [r for r in caplog.records if "unreachable" in r.message]
     found = [r for r in caplog.records if "registered" in r.message]
     assert (len(lost), len(found)) == (1, 2)
+
+
+async def test_a_cancellation_that_the_client_swallows_still_ends_the_beats(valkey_url: str) -> None:
+    entry = Registry(valkey_url, "te-x", Executor().record)
+    writing = asyncio.Event()
+
+    async def write() -> bool:
+        writing.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        return True
+
+    entry.write = write  # type: ignore[method-assign]  # stands for the client's wait_for
+    task = asyncio.create_task(entry.run())
+    await writing.wait()
+    task.cancel()
+    async with asyncio.timeout(1):
+        await asyncio.wait((task,))
+    assert task.cancelled()
+    await entry.close()
 
 
 async def test_a_server_that_hangs_costs_a_bounded_wait(
