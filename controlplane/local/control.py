@@ -28,7 +28,7 @@ async def serve(path: Path, handler: Handler) -> asyncio.Server:
     """Listens on `path`. The handler is quick and does no I/O; its ValueError becomes the answer's error."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Cancelled at the loop's end: swallowed here, because asyncio's own callback would log it as an error.
+        # Cancelled when the loop ends: swallowed, since asyncio's own callback would log it as an error.
         ends = (TimeoutError, OSError, ValueError, asyncio.LimitOverrunError, asyncio.CancelledError)
         with contextlib.suppress(*ends):
             while line := await asyncio.wait_for(reader.readline(), READ_SECONDS):
