@@ -1,1 +1,4 @@
-""""""
+"""The control plane: HTTP gateway, job executor, scheduling policy, fleet view, local supervisor, CLI.
+
+Rooms and who may import whom: docs/architecture.md.
+"""
