@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from flowserve.executor.batch import RaggedBatch
+from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
@@ -30,6 +30,10 @@ class Model(Protocol):
 
     def forward(self, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
         """Float32 logits [rows, vocab]; KV goes to pages [blocks, layers, 2, kv_heads, block_tokens, dim]."""
+        ...
+
+    def logits(self, rows: Ints) -> torch.Tensor:
+        """Float32 logits [len(rows), vocab] of tokens of the last `forward`, numbered as in its batch."""
         ...
 
     def close(self) -> None: ...

@@ -339,7 +339,7 @@ class EngineCore:
     def _sampled(self, sequence: Sequence, result: SliceResult, now: float) -> None:
         """One more token. Raises HandoverFailed."""
         if result.token is None:
-            self._end_internal(sequence, "the executor returned no token", now)
+            self._end_internal(sequence, result.error or "the executor returned no token", now)
             return
         delta = self._delta(sequence)
         delta.tokens.append(result.token)

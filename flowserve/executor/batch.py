@@ -25,20 +25,22 @@ class RaggedBatch:
     first: Ints  # [sequences] index of a slice's first token
     count: Ints  # [sequences] its tokens
     tables: Ints  # [sequences, width] block ids, padded with 0
-    rows: Ints  # [rows] tokens whose logits are wanted, ascending
+    rows: Ints  # [rows] last tokens of the slices that sample, ascending
 
 
 def flatten(
     batch: Sequence[SequenceSlice], *, block_tokens: int, num_blocks: int, max_len: int
 ) -> RaggedBatch:
-    """Raises ValueError for a slice that is empty, outside its block table, or outside the pool."""
+    """Raises ValueError for a slice that is empty, outside its block table, or outside the pool.
+
+    `max_len` is the model's length in tokens.
+    """
     counts = np.array([len(item.tokens) for item in batch], np.int32)
     starts = np.array([item.start for item in batch], np.int64)
     first = np.zeros(len(batch), np.int32)
     np.cumsum(counts[:-1], out=first[1:])
     width = max(len(item.block_table) for item in batch)
     tables = np.zeros((len(batch), max(width, 1)), np.int32)
-    rows: list[npt.NDArray[np.int64]] = []
     for index, item in enumerate(batch):
         tables[index, : len(item.block_table)] = item.block_table
         end = item.start + len(item.tokens)
@@ -47,19 +49,16 @@ def flatten(
                 f"slice {index} covers positions {item.start} to {end}, its {len(item.block_table)} blocks "
                 f"hold {len(item.block_table) * block_tokens} (model length {max_len})"
             )
-        if item.prompt_logprobs is not None:
-            rows.append(first[index] + np.arange(counts[index]))
-        elif item.sample is not None:
-            rows.append(np.array([first[index] + counts[index] - 1]))
     if tables.min() < 0 or tables.max() >= num_blocks:
         raise ValueError(f"a block table names a block outside the pool of {num_blocks}")
     ids = np.fromiter((token for item in batch for token in item.tokens), np.int32, int(counts.sum()))
     offsets = np.arange(len(ids)) - np.repeat(first, counts)
+    sampled = np.array([item.sample is not None for item in batch])
     return RaggedBatch(
         ids=ids,
         positions=(np.repeat(starts, counts) + offsets).astype(np.int32),
         first=first,
         count=counts,
         tables=tables,
-        rows=np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32),
+        rows=(first + counts - 1)[sampled].astype(np.int32),
     )

@@ -50,6 +50,7 @@ class SliceResult:
     token: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None  # why a slice that was to sample has no token; the others have theirs
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flowserve.devices import Device, Model, Pool, open_device
@@ -17,6 +18,8 @@ from flowserve.models.loader import open_model, parse_dtype
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import BlockStore, PoolError
 
+SCORE_BYTES = 16 << 20
+"""Logits held at a time while a prompt is scored (ours): enough rows to read the head's weights seldom."""
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -49,26 +52,29 @@ class LocalExecutor:
         )
         logits = self._model.forward(ragged, self._pool.pages)
         results = [SliceResult() for _ in batch]
-        row = 0
-        drawn: list[int] = []  # slices that sample
-        last_rows: list[int] = []
         for index, item in enumerate(batch):
             if item.prompt_logprobs is not None:
-                scored = logits[row : row + len(item.tokens)]
-                results[index].prompt_logprobs = _score(scored, item)
-                row += len(item.tokens)
-            elif item.sample is not None:
-                row += 1
-            if item.sample is not None:
-                drawn.append(index)
-                last_rows.append(row - 1)
-        if drawn:
-            rows = logits if len(last_rows) == len(logits) else logits[last_rows]
-            specs = [spec for i in drawn if (spec := batch[i].sample) is not None]
-            for index, (token, scores) in zip(drawn, sample(rows, specs), strict=True):
-                results[index].token = token
-                results[index].logprobs = scores
+                results[index].prompt_logprobs = self._score(item, int(ragged.first[index]))
+        drawn = [index for index, item in enumerate(batch) if item.sample is not None]
+        specs = [item.sample for item in batch if item.sample is not None]
+        for index, draw in zip(drawn, sample(logits, specs), strict=True):
+            results[index].token = draw.token
+            results[index].logprobs = draw.logprobs
+            results[index].error = None if draw.error is None else str(draw.error)
         return results
+
+    def _score(self, item: SequenceSlice, first: int) -> list[TokenLogprobs]:
+        """Log-probabilities of the tokens after each token of a prompt slice, a few rows at a time."""
+        following = [*item.tokens[1:], *([item.next_token] if item.next_token is not None else [])]
+        wanted = item.prompt_logprobs or 0
+        rows = max(1, SCORE_BYTES // (4 * self._info.vocab_size))
+        scored: list[TokenLogprobs] = []
+        for start in range(0, len(following), rows):
+            tokens = following[start : start + rows]
+            numbers = np.arange(first + start, first + start + len(tokens), dtype=np.int32)
+            raw = self._model.logits(numbers).log_softmax(dim=-1)
+            scored += token_logprobs(raw, tokens, [wanted] * len(tokens))
+        return scored
 
     def close(self) -> None:
         """Frees weights and pool; idempotent. Peers that map the pool notice that it is retired."""
@@ -76,15 +82,6 @@ class LocalExecutor:
             self._closed = True
             self._model.close()
             self._pool.close()
-
-
-def _score(logits: torch.Tensor, item: SequenceSlice) -> list[TokenLogprobs]:
-    """Log-probabilities of the tokens after each token of a prompt slice."""
-    following = [*item.tokens[1:], *([item.next_token] if item.next_token is not None else [])]
-    if not following:
-        return []
-    raw = logits[: len(following)].log_softmax(dim=-1)
-    return token_logprobs(raw, following, [item.prompt_logprobs or 0] * len(following))
 
 
 def open_executor(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowserve.models.errors import BadWeights, ModelNotFound, UnsupportedModel
+from flowserve.models.errors import BadWeights, ModelError, ModelNotFound, UnsupportedModel
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -52,6 +52,9 @@ class ModelConfig:
     rope_scaling: RopeScaling | None
     tied: bool  # lm_head is the embedding
     eos_token_ids: tuple[int, ...]
+    rope_factors: bool = (
+        False  # the weights hold a divisor for every rotary frequency (GGUF's Llama 3.1 scaling)
+    )
 
     @property
     def qkv_bias(self) -> bool:
@@ -89,8 +92,7 @@ def from_hf(folder: Path) -> ModelConfig:
     window = data.get("sliding_window")
     if window and data.get("use_sliding_window", family == "llama"):
         raise UnsupportedModel("sliding-window attention is not implemented")
-    if data.get("attention_bias") and family != "qwen2":
-        raise UnsupportedModel("attention_bias is implemented for Qwen2 only")
+    _refuse_options(data, family)
     try:
         heads = int(data["num_attention_heads"])
         hidden = int(data["hidden_size"])
@@ -113,6 +115,26 @@ def from_hf(folder: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise BadWeights(f"{folder / 'config.json'} lacks {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise BadWeights(f"{folder / 'config.json'} has a value of a wrong kind: {error}") from error
+
+
+def _refuse_options(data: Mapping[str, Any], family: str) -> None:
+    """Options that would change the computation and are not implemented: refused, never ignored."""
+    if data.get("attention_bias") and family != "qwen2":
+        raise UnsupportedModel("attention_bias is implemented for Qwen2 only")
+    if data.get("mlp_bias"):
+        raise UnsupportedModel("mlp_bias is not implemented")
+    if data.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel(f"activation {data['hidden_act']!r} is not implemented; implemented is silu")
+    if data.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModel("rotary embedding over a part of the head is not implemented")
+    if data.get("quantization_config"):
+        kind = data["quantization_config"]
+        method = kind.get("quant_method") if isinstance(kind, dict) else kind
+        raise UnsupportedModel(f"weights quantized by {method!r} are not implemented: use the model in bf16")
 
 
 def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
@@ -165,6 +187,8 @@ def from_gguf(fields: Mapping[str, Any], tensors: frozenset[str]) -> ModelConfig
         value = fields.get(f"{family}.{name}", default)
         if value is None:
             raise BadWeights(f"GGUF metadata lacks {family}.{name}")
+        if not isinstance(value, int | float):
+            raise UnsupportedModel(f"GGUF metadata {family}.{name} is no number: layers of unequal shape?")
         return value
 
     if get("attention.sliding_window", 0):
@@ -173,7 +197,7 @@ def from_gguf(fields: Mapping[str, Any], tensors: frozenset[str]) -> ModelConfig
         raise UnsupportedModel("mixture-of-experts models are not implemented")
     heads = int(get("attention.head_count"))
     hidden = int(get("embedding_length"))
-    head_dim = int(get("attention.key_length", hidden // heads))
+    head_dim = int(get("attention.key_length", hidden // max(heads, 1)))
     if int(get("rope.dimension_count", head_dim)) != head_dim:
         raise UnsupportedModel("rotary embedding over a part of the head is not implemented")
     return ModelConfig(
@@ -184,13 +208,14 @@ def from_gguf(fields: Mapping[str, Any], tensors: frozenset[str]) -> ModelConfig
         heads=heads,
         kv_heads=int(get("attention.head_count_kv", heads)),
         head_dim=head_dim,
-        vocab_size=int(fields.get(f"{family}.vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))),
+        vocab_size=int(get("vocab_size", len(fields.get("tokenizer.ggml.tokens", ())))),
         max_len=int(get("context_length")),
         norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
         rope_theta=float(get("rope.freq_base", 10000.0)),
         rope_scaling=_gguf_scaling(fields, family),
         tied="output.weight" not in tensors,
         eos_token_ids=_gguf_end_tokens(fields),
+        rope_factors="rope_freqs.weight" in tensors,
     )
 
 
@@ -199,7 +224,10 @@ def _gguf_scaling(fields: Mapping[str, Any], family: str) -> RopeScaling | None:
     if kind == "none":
         return None
     if kind == "linear":
-        return RopeScaling("linear", float(fields[f"{family}.rope.scaling.factor"]))
+        factor = fields.get(f"{family}.rope.scaling.factor")
+        if not isinstance(factor, int | float) or factor <= 0:
+            raise BadWeights(f"GGUF metadata {family}.rope.scaling.factor is {factor!r}")
+        return RopeScaling("linear", float(factor))
     raise UnsupportedModel(f"GGUF rope scaling {kind!r} is not implemented")
 
 

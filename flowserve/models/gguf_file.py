@@ -17,6 +17,7 @@ import torch
 from flowserve.models.config import ModelConfig, from_gguf
 from flowserve.models.errors import BadWeights, UnsupportedModel
 from flowserve.models.gguf_header import TensorEntry, read_header
+from flowserve.models.weights import parts, refuse_unused
 
 _LAYER_NAMES = {
     "attention_norm": "attn_norm.weight",
@@ -34,7 +35,12 @@ _LAYER_NAMES = {
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
-_NAMES = {"embedding": "token_embd.weight", "final_norm": "output_norm.weight", "lm_head": "output.weight"}
+_NAMES = {
+    "embedding": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+    "rope_factors": "rope_freqs.weight",
+}
 
 
 class GGUFSource:
@@ -54,10 +60,9 @@ class GGUFSource:
             raise type(error)(f"{path}: {error}") from error
         self._tensors = header.tensors
         self._config = from_gguf(header.fields, frozenset(header.tensors))
-        if "rope_freqs.weight" in self._tensors:
-            raise UnsupportedModel(
-                "GGUF files with rope_freqs (Llama 3.1 scaling) are not implemented: use safetensors"
-            )
+        layers = range(self._config.layers)
+        used = {f"blk.{i}.{_LAYER_NAMES[part]}" for i in layers for part in parts(self._config)}
+        refuse_unused(str(path), self._tensors, used.union(_NAMES.values()))
 
     @property
     def config(self) -> ModelConfig:

@@ -100,11 +100,13 @@ def read_header(data: memoryview, keep: Collection[str] = ()) -> GGUFHeader:
             name = cursor.string()
             dimensions = [cursor.take("Q") for _ in range(cursor.take("I"))]
             raw.append((name, tuple(reversed(dimensions)), cursor.take("I"), cursor.take("Q")))
-    except (struct.error, ValueError, OverflowError, IndexError) as error:
+        alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"alignment {alignment!r}")
+    except (struct.error, ValueError, OverflowError, IndexError, RecursionError) as error:
         if isinstance(error, BadWeights | UnsupportedModel):
             raise
         raise BadWeights(f"torn GGUF header: {error}") from error
-    alignment = int(fields.get("general.alignment", 32))
     start = -(-cursor.at // alignment) * alignment
     return GGUFHeader(
         fields, {name: TensorEntry(name, shape, kind, start + at) for name, shape, kind, at in raw}

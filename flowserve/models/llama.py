@@ -18,10 +18,9 @@ import numpy.typing
 import torch
 from torch.nn import functional
 
-from flowserve.executor.batch import RaggedBatch
+from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
-from flowserve.models.rope import rotary_tables
-from flowserve.models.weights import WeightSource, checked, layer_weights
+from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
 
 PADDING_WASTE = 1.5
 """Decodes share one padded attention call while the longest has at most so many times the shortest's keys."""
@@ -74,8 +73,9 @@ class TorchLlama:
             )
             for index in range(config.layers)
         ]
-        cosines, sines = rotary_tables(config, max_len)
+        cosines, sines = rotary(source, max_len)
         self._cosines, self._sines = cosines.to(device), sines.to(device)
+        self._hidden = torch.zeros(0, config.hidden, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,13 @@ class TorchLlama:
             hidden = hidden + functional.linear(self._attend(q, pages[:, index], plan), layer.output)
             gate, up = functional.linear(self._norm(hidden, layer.ffn_norm), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
-        wanted = self._norm(hidden[self._index(batch.rows)], self._final_norm)
+        self._hidden = hidden
+        return self.logits(batch.rows)
+
+    @torch.inference_mode()
+    def logits(self, rows: Ints) -> torch.Tensor:
+        """Float32 logits [len(rows), vocab] of tokens of the last `forward`."""
+        wanted = self._norm(self._hidden[self._index(rows)], self._final_norm)
         return functional.linear(wanted, self._lm_head).float()
 
     def close(self) -> None:

@@ -9,8 +9,13 @@ import torch
 from flowserve.models.config import ModelConfig
 
 
-def rotary_tables(config: ModelConfig, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, float32 `[max_len, head_dim / 2]` each."""
+def rotary_tables(
+    config: ModelConfig, max_len: int, divisors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, float32 `[max_len, head_dim / 2]` each.
+
+    `divisors` [head_dim / 2] stretch every frequency on its own (GGUF files carry Llama 3.1's so).
+    """
     # In float32 on purpose: the reference implementation, with which the models were trained, rounds so too.
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
@@ -30,5 +35,7 @@ def rotary_tables(config: ModelConfig, max_len: int) -> tuple[torch.Tensor, torc
         frequencies = torch.where(
             wavelengths > low, stretched, torch.where(wavelengths < high, frequencies, between)
         )
+    if divisors is not None:
+        frequencies /= divisors
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flowserve.models.config import ModelConfig, from_hf
-from flowserve.models.errors import BadWeights, ModelNotFound
+from flowserve.models.errors import BadWeights, ModelNotFound, UnsupportedModel
+from flowserve.models.weights import parts, refuse_unused
 
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm.weight",
@@ -62,6 +63,11 @@ class SafetensorsSource:
                 raise BadWeights(f"{file} is torn: {error}") from error
             for key in opened.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  # untyped package
                 self._where[key] = opened
+        layers = range(self._config.layers)
+        used = {f"model.layers.{i}.{_LAYER_NAMES[part]}" for i in layers for part in parts(self._config)}
+        # Old exports carry the rotary frequencies, which are computed here; tied models may carry both ends.
+        present = [key for key in self._where if not key.endswith("rotary_emb.inv_freq")]
+        refuse_unused(str(folder), present, used.union(_NAMES.values()))
 
     @property
     def config(self) -> ModelConfig:
@@ -76,5 +82,12 @@ class SafetensorsSource:
         holder = self._where.get(key)
         if holder is None:
             raise BadWeights(f"{self.folder} has no tensor {key}")
-        tensor: torch.Tensor = holder.get_tensor(key)  # type: ignore[no-untyped-call]  # untyped package
+        try:
+            tensor: torch.Tensor = holder.get_tensor(key)  # type: ignore[no-untyped-call]  # untyped package
+        except SafetensorError as error:
+            raise BadWeights(f"{self.folder}: tensor {key} cannot be read: {error}") from error
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UnsupportedModel(
+                f"tensor {key} is of type {tensor.dtype}: quantized weights are not implemented"
+            )
         return tensor

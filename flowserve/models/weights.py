@@ -2,17 +2,20 @@
 
 Canonical names: `embedding`, `final_norm`, `lm_head`, and per layer `layers.<i>.` + `attention_norm`,
 `q`, `k`, `v`, `q_bias`, `k_bias`, `v_bias`, `q_norm`, `k_norm`, `output`, `ffn_norm`, `gate`, `up`,
-`down`. Matrices are `[out, in]`, rotary halves in Hugging Face's order (first half, second half).
+`down`; where `config.rope_factors` says so, `rope_factors` [head_dim / 2] too. Matrices are `[out, in]`,
+rotary halves in Hugging Face's order (first half, second half).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
 from flowserve.models.config import ModelConfig
-from flowserve.models.errors import BadWeights
+from flowserve.models.errors import BadWeights, UnsupportedModel
+from flowserve.models.rope import rotary_tables
 
 
 class WeightSource(Protocol):
@@ -35,6 +38,37 @@ def checked(source: WeightSource, name: str, shape: tuple[int, ...]) -> torch.Te
     if tuple(tensor.shape) != shape:
         raise BadWeights(f"tensor {name} has shape {list(tensor.shape)}, {list(shape)} expected")
     return tensor
+
+
+def rotary(source: WeightSource, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the model's positions, float32 `[max_len, head_dim / 2]` each."""
+    config = source.config
+    divisors = None
+    if config.rope_factors:
+        divisors = checked(source, "rope_factors", (config.head_dim // 2,)).float()
+        if not bool((divisors > 0).all()):
+            raise BadWeights("rope_factors must be positive")
+    return rotary_tables(config, max_len, divisors)
+
+
+def refuse_unused(source_name: str, present: Iterable[str], used: Iterable[str]) -> None:
+    """Raises UnsupportedModel where a file holds weights that the model code would not use.
+
+    A tensor that is left out changes what the model says, silently: better no answer than a wrong one.
+    """
+    unused = sorted(set(present) - set(used))
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise UnsupportedModel(
+            f"{source_name} holds tensors this architecture has no use for: {', '.join(unused[:3])}{more}"
+        )
+
+
+def parts(config: ModelConfig) -> list[str]:
+    """Canonical names, without `layers.<i>.`, of the tensors every layer of the model has."""
+    names = ["attention_norm", "q", "k", "v", "output", "ffn_norm", "gate", "up", "down"]
+    names += ["q_bias", "k_bias", "v_bias"] if config.qkv_bias else []
+    return names + (["q_norm", "k_norm"] if config.qk_norm else [])
 
 
 def layer_weights(source: WeightSource, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

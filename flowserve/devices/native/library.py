@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowserve.executor.batch import RaggedBatch
+from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
-from flowserve.models.rope import rotary_tables
-from flowserve.models.weights import WeightSource, checked, layer_weights
+from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
 
-VERSION = 1
+VERSION = 2
 COLUMNS = 16  # of a packed panel
 MAX_HEAD_DIM = 256
 MAX_GROUP = 24  # query heads of one KV head: rows of one attention tile
@@ -102,6 +101,7 @@ def library() -> ctypes.CDLL:
     loaded.df_model_new.argtypes = [ctypes.POINTER(_Model)]
     loaded.df_model_free.argtypes = [ctypes.c_void_p]
     loaded.df_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Batch)]
+    loaded.df_logits.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
     return loaded
 
 
@@ -143,6 +143,7 @@ class NativeLlama:
         self._library = library()
         self._handle: int | None = None
         self._kept: list[torch.Tensor] = []
+        self._tokens = 0  # of the last step
         self.config = config
         self._vocab = -(-config.vocab_size // COLUMNS) * COLUMNS
         layers = (_Layer * config.layers)()
@@ -155,7 +156,7 @@ class NativeLlama:
         shape = (config.vocab_size, config.hidden)
         embedding = checked(source, "embedding", shape).to(dtype)
         head = embedding if config.tied else checked(source, "lm_head", shape).to(dtype)
-        cosines, sines = rotary_tables(config, max_len)
+        cosines, sines = rotary(source, max_len)
         bf16 = int(dtype == torch.bfloat16)
         description = _Model(
             config.layers,
@@ -209,6 +210,20 @@ class NativeLlama:
             logits.data_ptr(),
         )
         self._library.df_step(self._handle, ctypes.byref(native))
+        self._tokens = len(batch.ids)
+        return logits[:, : self.config.vocab_size]
+
+    def logits(self, rows: Ints) -> torch.Tensor:
+        """Float32 logits [len(rows), vocab] of tokens of the last `forward`."""
+        if self._handle is None:
+            raise RuntimeError("the model is closed")
+        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self._tokens):
+            raise ValueError(f"rows beyond the {self._tokens} tokens of the last step")
+        wanted = np.ascontiguousarray(rows, np.int32)
+        logits = torch.empty(len(wanted), self._vocab)
+        for start in range(0, len(wanted), self._tokens or 1):  # a call has room for a step's rows
+            part = wanted[start : start + self._tokens]
+            self._library.df_logits(self._handle, len(part), part.ctypes.data, logits[start:].data_ptr())
         return logits[:, : self.config.vocab_size]
 
     def close(self) -> None:

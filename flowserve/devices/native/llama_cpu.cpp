@@ -159,6 +159,8 @@ struct Model {
 
   template <class W, class KV>
   void step(const DfBatch& b);
+  template <class W>
+  void head(int id, int rows, const int32_t* row_tokens, float* logits);
 };
 
 template <class W>
@@ -336,28 +338,35 @@ void Model::step(const DfBatch& b) {
               [&](int r, __m256 x, __m256 y) { add_to_hidden(p, r, x, y); });
       threads.barrier();
     }
-    if (b.rows == 0) return;
-    const Tiles wanted(b.rows);
-    if (id == 0) place(wanted);
-    threads.barrier();
-    for (int r = id; r < b.rows; r += N)
-      norm_to_tile(&hidden[static_cast<size_t>(b.row_tokens[r]) * H], d.final_norm, H, d.norm_epsilon, lane(normed, r, H));
-    threads.barrier();
-    share(d.vocab / COLS, id, N, &p0, &p1);
-    for (int p = p0; p < p1; p++)
-      panel(wanted, normed.data(), H, panel_at<W>(d.lm_head, p, H), [&](int r, __m256 x, __m256 y) {
-        float* o = b.logits + static_cast<size_t>(r) * d.vocab + p * COLS;
-        store8(o, x);
-        store8(o + 8, y);
-      });
+    if (b.rows > 0) head<W>(id, b.rows, b.row_tokens, b.logits);
   });
+}
+
+// Logits of `rows` tokens of the last step, whose hidden states are still there. Called by every thread.
+template <class W>
+void Model::head(int id, int rows, const int32_t* row_tokens, float* logits) {
+  const int N = threads.count(), H = d.hidden;
+  int p0, p1;
+  const Tiles wanted(rows);
+  if (id == 0) place(wanted);
+  threads.barrier();
+  for (int r = id; r < rows; r += N)
+    norm_to_tile(&hidden[static_cast<size_t>(row_tokens[r]) * H], d.final_norm, H, d.norm_epsilon, lane(normed, r, H));
+  threads.barrier();
+  share(d.vocab / COLS, id, N, &p0, &p1);
+  for (int p = p0; p < p1; p++)
+    panel(wanted, normed.data(), H, panel_at<W>(d.lm_head, p, H), [&](int r, __m256 x, __m256 y) {
+      float* o = logits + static_cast<size_t>(r) * d.vocab + p * COLS;
+      store8(o, x);
+      store8(o + 8, y);
+    });
 }
 
 }  // namespace
 
 extern "C" {
 
-DF_EXPORT int32_t df_version(void) { return 1; }
+DF_EXPORT int32_t df_version(void) { return 2; }
 DF_EXPORT int32_t df_supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 DF_EXPORT void* df_model_new(const DfModel* description) { return new Model(*description); }
 DF_EXPORT void df_model_free(void* model) { delete static_cast<Model*>(model); }
@@ -374,5 +383,16 @@ DF_EXPORT void df_step(void* handle, const DfBatch* batch) {
   } else {
     model.step<float, float>(*batch);
   }
+}
+
+// `rows` is at most the tokens of the last step.
+DF_EXPORT void df_logits(void* handle, int32_t rows, const int32_t* row_tokens, float* logits) {
+  Model& model = *static_cast<Model*>(handle);
+  model.threads.run([&](int id) {
+    if (model.d.weights_bf16)
+      model.head<bf16>(id, rows, row_tokens, logits);
+    else
+      model.head<float>(id, rows, row_tokens, logits);
+  });
 }
 }
