@@ -18,7 +18,7 @@ from controlplane.local.valkey import MAX_SOCKET_PATH
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_TOPOLOGY = "1P1D"
-DEFAULT_KV_BYTES = 1 << 30  # per executor: about 24,000 tokens of the default model in bf16
+DEFAULT_KV_BYTES = 1 << 30  # per executor: about 46,000 tokens of the default model in bf16
 # Of the memory that is free at the start, what all KV pools together may take; the rest is for weights,
 # activations and everyone else. Ours.
 KV_SHARE_OF_MEMORY = 0.5
