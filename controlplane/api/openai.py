@@ -8,7 +8,7 @@ is refused. `null` means "not given" everywhere, as clients send it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -190,6 +190,12 @@ class Message(_Wire):
     refusal: Text | None = None
     audio: None = None
     function_call: None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is required for the role {self.role}")
+        return self
 
     @property
     def text(self) -> str:

@@ -47,7 +47,7 @@ class GatewayProtocol(HttpToolsProtocol):
         metrics.CONNECTIONS.inc()
         if len(self.connections) > self.settings.max_connections:
             metrics.LIMITED.labels("connections").inc()
-            self._refuse(ApiError(503, "Too many connections.", code="too_many_connections"))
+            self._refuse(ApiError(503, "Too many connections.", code="too_many_connections", retry_after=1))
             return
         self._arm_header_timer()
 

@@ -57,7 +57,7 @@ class RuntimeSettings(BaseModel):
 
     # Admission.
     max_choices: int = Field(1024, ge=1, description="Choices in flight, held ones included; beyond: 429.")
-    max_held: int = Field(512, ge=1, description="Choices that wait for an executor; beyond: 429 or 503.")
+    max_held: int = Field(512, ge=1, description="Choices that wait for an executor; beyond: 429.")
 
     # Deadlines of the stages; the request's own comes with it.
     placement_seconds: float = Field(60, gt=0, description="Hold while no executor exists, then 503.")

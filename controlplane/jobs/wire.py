@@ -96,5 +96,4 @@ def too_large() -> ServingError:
         400,
         "context_length_exceeded",
         "The prompt and its answer do not fit any executor's KV cache. Use a shorter prompt.",
-        param="messages",
     )

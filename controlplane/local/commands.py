@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -78,9 +79,10 @@ def gateway_spec(
     settings: StackSettings, paths: StatePaths, number: int, listener: int, env: dict[str, str]
 ) -> ChildSpec:
     gateway_id = f"gw-{number}"
+    shared = paths.run / "prometheus"
     metrics: tuple[str, ...] = ()
     if settings.gateways > 1:  # any of them may answer /metrics, for all
-        metrics = ("--prometheus-dir", str(paths.run / "prometheus"))
+        metrics = ("--prometheus-dir", str(shared))
     return ChildSpec(
         name=gateway_id,
         kind="gateway",
@@ -92,7 +94,17 @@ def gateway_spec(
         log=paths.logs / f"{gateway_id}.log",
         stop_seconds=GATEWAY_STOP_SECONDS,
         pass_fds=(listener,),
+        before_start=lambda: forget_dead_gauges(shared),
     )
+
+
+def forget_dead_gauges(folder: Path) -> None:
+    """Removes the gauges of gateways that have ended, which would count on (prometheus_client names the
+    files `gauge_live<kind>_<pid>.db`; counters of the dead stay, as they should)."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = file.stem.rsplit("_", 1)[-1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            file.unlink(missing_ok=True)
 
 
 def kv_bytes(settings: StackSettings) -> int:

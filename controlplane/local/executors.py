@@ -57,9 +57,16 @@ class RoleEpochs:
             self._last = 0
 
     def next(self, above: int = 0) -> int:
-        """A new epoch, above every one given before and above `above`; on disk before it is used."""
+        """A new epoch, above every one given before and above `above`; on disk before it is used.
+
+        Where the disk takes nothing it is used all the same: executors know their own epoch, which is
+        what `above` is for.
+        """
         self._last = max(self._last, above) + 1
-        write_atomically(self._path, str(self._last))
+        try:
+            write_atomically(self._path, str(self._last))
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._path, error.strerror or error)
         return self._last
 
 

@@ -321,7 +321,12 @@ class Supervisor:
     async def _write_status(self) -> None:
         while True:
             self._dirty.clear()
-            write_atomically(self.paths.status, json.dumps(self.describe(), indent=1))
+            try:
+                write_atomically(self.paths.status, json.dumps(self.describe(), indent=1))
+            except OSError as error:  # a full disk must not stop what serves
+                log.warning("cannot write %s: %s", self.paths.status, error.strerror or error)
+                self._dirty.set()
+                await asyncio.sleep(HOUSEKEEPING_SECONDS)
             await asyncio.sleep(WRITE_SECONDS)
             await self._dirty.wait()
 
