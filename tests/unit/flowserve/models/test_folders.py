@@ -154,7 +154,7 @@ def test_missing_and_torn_files_are_named(tmp_path: Path) -> None:
         open_model(tmp_path)
     path = folder(tmp_path / "m")
     (path / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFound, match="no .safetensors file"):
+    with pytest.raises(ModelNotFound, match=r"no \.safetensors file"):
         open_model(path)
     path = folder(tmp_path / "shards", shards=2)
     (path / "model-1.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""GGUF files: blocks expand as in the `gguf` package, q and k are put right, torn and foreign files refused."""
+"""GGUF files: blocks expand as in the `gguf` package, q and k are put right, torn files are refused."""
 
 from __future__ import annotations
 
