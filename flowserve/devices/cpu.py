@@ -40,12 +40,15 @@ class CpuDevice:
         self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
     ) -> Model:
         try:
-            model: Model = NativeLlama(
+            model = NativeLlama(
                 source, dtype=dtype, max_len=max_len, block_tokens=block_tokens, threads=threads
             )
         except NativeUnavailable as reason:
             log.warning("compiled CPU step not used: %s; falling back to torch", reason)
-            model = TorchLlama(source, dtype=matmul_dtype(dtype), device=torch.device("cpu"), max_len=max_len)
+            return TorchLlama(source, dtype=matmul_dtype(dtype), device=torch.device("cpu"), max_len=max_len)
+        # The step has threads of its own, and what is left to torch (sampling) is small: its OpenMP
+        # threads would only spin after each operation on the cores that the next step needs.
+        torch.set_num_threads(1)
         return model
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> CpuPool:

@@ -141,6 +141,7 @@ def main() -> int:
         kv_cache_bytes=1 << 30,
         threads=args.threads,
     )
+    own_threads = torch.get_num_threads()
     config = executor._model.config
     block = torch.ones(READ_BYTES // 4)
     multiply, operations = matmul(config, 512)
@@ -153,8 +154,10 @@ def main() -> int:
     for step in plan:
         executor.execute(step.slices)
     for _ in range(rounds):
+        torch.set_num_threads(args.threads)  # the compiled step leaves torch one
         read += [READ_BYTES / t for t in best_of(block.sum, 3)]
         rate += [operations / t for t in best_of(multiply, 5)]
+        torch.set_num_threads(own_threads)
         for step in plan:
             repeat = 5 if step.name.startswith("decode") else 1
             whole[step.name] += best_of(lambda s=step: executor.execute(s.slices), repeat)  # type: ignore[misc]
