@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from flowserve.engine.types import KVHandover, Role, StepEvent
+from kvtransfer.pool import available_memory
 
 if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
     from flowserve.engine.engine import Engine
@@ -192,14 +191,3 @@ class Loader:
         gc.collect()
         gc.freeze()
         return Model(spec, executor, cache, engine, executor.store)
-
-
-def available_memory() -> int:
-    """Bytes that can be had now: the host's, or what the control group leaves if that is less."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(0, int(limit) - used)) if limit.isdecimal() else free
