@@ -171,6 +171,7 @@ class ExecutorChannel:
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.enable_retries", 0),
+            ("grpc.enable_http_proxy", 0),  # executors are never behind the environment's http_proxy
             ("grpc.use_local_subchannel_pool", 1),  # a fresh connection: back-off is ours
         ]
         async with grpc.aio.insecure_channel(self.address, options=options) as channel:

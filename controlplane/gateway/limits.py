@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,17 +134,19 @@ class Limiter:
                 429, "The server is at its bound of running requests.", code="queue_full", retry_after=1
             )
         limits, limit_id = principal.limits, principal.limit_id
+        # The client chooses its request id: equal ids must not count as one running request.
+        member = f"{request_id}/{secrets.token_hex(8)}"
         headers: list[tuple[bytes, bytes]] = []
         # The slot is taken before the first await, so that a burst cannot pass the bound together.
         self.in_flight += 1
         metrics.IN_FLIGHT.inc()
         try:
             if not limits.unbounded:
-                headers = await self._check(limit_id, limits, request_id, prompt_tokens)
+                headers = await self._check(limit_id, limits, member, prompt_tokens)
         except BaseException:
             self._leave()
             raise
-        return Lease(self, limit_id, limits, request_id, headers)
+        return Lease(self, limit_id, limits, member, headers)
 
     async def close(self) -> None:
         """Waits for releases under way."""

@@ -92,14 +92,20 @@ class Meter:
                 if used:
                     await touch_keys(self._redis, used)
             self._warned = False
+        except asyncio.CancelledError:
+            self._keep(rows)  # the last flush, at the end, writes them
+            raise
         except (RedisError, OSError, TimeoutError) as error:
             metrics.REDIS_ERRORS.labels("usage").inc()
-            for row, count in rows.items():
-                self._pending[row] = self._pending.get(row, 0) + count
+            self._keep(rows)
             if not self._warned:
                 log.warning("usage waits for Redis: %s", error)
                 self._warned = True
         metrics.USAGE_PENDING.set(len(self._pending))
+
+    def _keep(self, rows: dict[tuple[str, str], int]) -> None:
+        for row, count in rows.items():
+            self._pending[row] = self._pending.get(row, 0) + count
 
     async def _write(self, redis: Redis, rows: dict[tuple[str, str], int]) -> None:
         async with redis.pipeline(transaction=True) as pipe:

@@ -7,6 +7,7 @@ prefix is the longest run of leading identities that one executor holds.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 DEFAULT_MAX_BLOCKS = 262_144
@@ -22,7 +23,8 @@ class PrefixIndex:
         if max_blocks < 1:
             raise ValueError("max_blocks must be positive")
         self._max_blocks = max_blocks
-        self._holders: dict[bytes, int] = {}  # identity -> bit set of slots
+        # Identity -> bit set of slots. Ordered: a plain dict's first key is found past all that was dropped.
+        self._holders: OrderedDict[bytes, int] = OrderedDict()
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._next: dict[str, int | None] = {}  # number of the next change; None = waiting for a snapshot
@@ -111,7 +113,7 @@ class PrefixIndex:
         for identity in stored:
             self._holders[identity] = self._holders.get(identity, 0) | bit
         while len(self._holders) > self._max_blocks:
-            del self._holders[next(iter(self._holders))]
+            self._holders.popitem(last=False)
             self.evicted += 1
 
     def _remove(self, te_id: str, removed: Iterable[bytes]) -> None:
