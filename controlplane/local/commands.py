@@ -31,7 +31,8 @@ PYTHON = (sys.executable, "-P", "-m")
 
 
 def base_env(paths: StatePaths, redis_url: str, token: str) -> dict[str, str]:
-    """What all children share. Secrets travel in the environment, never on a command line."""
+    """What all children share. Secrets (a REDIS_URL may hold a password) travel in the environment, never on a
+    command line, which every user of the machine can read."""
     return {
         **os.environ,
         "DEEPFLOW_HOME": str(paths.root),
@@ -65,7 +66,7 @@ def executor_spec(
         kind="executor",
         command=(
             *(*PYTHON, "flowserve.shell", "--te-id", te_id, "--listen", "127.0.0.1:0"),
-            *("--endpoint-file", str(endpoint), "--redis-url", env["REDIS_URL"], "--role", role.value),
+            *("--endpoint-file", str(endpoint), "--role", role.value),
             *("--device", settings.device, "--threads", threads, "--shm-dir", str(paths.sockets)),
         ),
         env={**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
@@ -87,7 +88,7 @@ def gateway_spec(
         name=gateway_id,
         kind="gateway",
         command=(
-            *(*PYTHON, "controlplane.gateway", "--fd", str(listener), "--redis-url", env["REDIS_URL"]),
+            *(*PYTHON, "controlplane.gateway", "--fd", str(listener)),
             *("--catalogue", str(paths.catalogue), "--gateway-id", gateway_id, *metrics),
         ),
         env={"DEEPFLOW_GATEWAY_DRAIN_SECONDS": GATEWAY_DRAIN_SECONDS, **env},
