@@ -33,8 +33,8 @@ from deepflow.v1.worker_pb2 import (
 from deepflow.v1.worker_pb2_grpc import TaskExecutorStub
 
 from controlplane.fleet import metrics
+from kvtransfer.auth import call_metadata
 
-PROTOCOL_VERSION = "1"
 MAX_MESSAGE_BYTES = 64 << 20
 """A snapshot of a large cache's block identities is the largest message (16 bytes a block)."""
 
@@ -166,7 +166,7 @@ class ExecutorChannel:
     async def _session(self) -> tuple[bool, str]:
         """One stream from Hello to its end: (welcomed, why it ended)."""
         settings = self._settings
-        metadata = (("authorization", f"Bearer {settings.token}"), ("x-deepflow-protocol", PROTOCOL_VERSION))
+        metadata = call_metadata(settings.token)
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -221,7 +221,12 @@ class ExecutorChannel:
                 continue
             if delta.finish:
                 self.forget(*key)
-            listener.on_delta(self.te_id, delta)
+            try:
+                listener.on_delta(self.te_id, delta)
+            except Exception:  # a task boundary: one task's fault must not end the stream of all others
+                log.exception("task %s: a delta of executor %s cannot be taken in", delta.task_id, self.te_id)
+                self.abort(*key, "its delta cannot be taken in")
+                self._tell_lost(listener, delta.attempt, "its delta cannot be taken in")
 
     async def _write(self, call: _Call) -> str:
         hello = Hello(gateway_id=self._settings.gateway_id, incarnation=self._settings.incarnation)
@@ -272,7 +277,13 @@ class ExecutorChannel:
             log.warning("executor %s lost with %d tasks: %s", self.te_id, len(tasks), reason)
             metrics.TASKS_LOST.inc(len(tasks))
         for (_, attempt), listener in tasks.items():
+            self._tell_lost(listener, attempt, reason)
+
+    def _tell_lost(self, listener: TaskListener, attempt: int, reason: str) -> None:
+        try:
             listener.on_lost(self.te_id, attempt, reason)
+        except Exception:  # a task boundary: the other tasks must hear of their loss too
+            log.exception("a task's loss with executor %s cannot be handled", self.te_id)
 
 
 def _reason(task: asyncio.Task[str]) -> str:

@@ -22,10 +22,10 @@ from controlplane.local import metrics
 from controlplane.local.children import Child, backoff_seconds
 from controlplane.local.settings import read_json, write_atomically
 from controlplane.local.topology import RoleName
+from kvtransfer.auth import call_metadata
 
 log = logging.getLogger("deepflow.local")
 
-PROTOCOL_VERSION = "1"
 POLL_STARTING_SECONDS = 0.1
 POLL_READY_SECONDS = 2.0
 STATUS_TIMEOUT_SECONDS = 10.0
@@ -110,7 +110,7 @@ class Executor:
         self._endpoint_file = endpoint_file
         self._epochs = epochs
         self._epoch = epochs.next()
-        self._metadata = (("authorization", f"Bearer {token}"), ("x-deepflow-protocol", PROTOCOL_VERSION))
+        self._metadata = call_metadata(token)
         self._on_change = on_change
         self._wake = asyncio.Event()
 

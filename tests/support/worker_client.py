@@ -17,7 +17,8 @@ import grpc.aio
 import numpy as np
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
-PROTOCOL_VERSION = "1"
+from kvtransfer.auth import call_metadata
+
 _ids = itertools.count()
 
 
@@ -43,7 +44,7 @@ class WorkerClient:
 
     def __init__(self, address: str, token: str, gateway_id: str = "direct") -> None:
         self.address = address
-        self._metadata = (("authorization", f"Bearer {token}"), ("x-deepflow-protocol", PROTOCOL_VERSION))
+        self._metadata = call_metadata(token)
         self._gateway_id = gateway_id
         self._runs: dict[str, tuple[TaskRun, asyncio.Event, asyncio.Event]] = {}
         self._writing = asyncio.Lock()  # a stream takes one write at a time
