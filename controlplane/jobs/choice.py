@@ -124,10 +124,11 @@ class Choice:
         self.job.task_placed()
 
     def release(self) -> None:
-        """The leading sibling's prompt is cached now."""
-        if self.state is TaskState.WAITING:
+        """The leading sibling's prompt is cached now, or that sibling has ended."""
+        now = self._host.now()
+        if self.state is TaskState.WAITING and now < self.job.deadline:  # else the clock ends it too
             self._go(TaskEvent.RELEASE)
-            self.unplaced_since = self._host.now()
+            self.unplaced_since = now
             self._host.wants_place(self)
 
     def give_up_handover(self, why: str) -> None:

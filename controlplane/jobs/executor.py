@@ -222,7 +222,9 @@ class JobExecutor:
 
     def place_waiting(self) -> float | None:
         """One pass in order; per revision it stops at the first that must wait for an executor, so that a
-        large task is not overtaken for ever. Returns seconds until a pause ends, None if none runs."""
+        large task is not overtaken for ever. Returns seconds until a pause ends, None if none runs.
+
+        A task that the executors there can never run waits for others to come, and stops nobody."""
         now = self._clock()
         due: float | None = None
         for revision in list(self._waiting):
@@ -246,7 +248,7 @@ class JobExecutor:
                     choice.fail(wire.too_large())
                 else:
                     choice.unplaced_reason = reason
-                    blocked = True
+                    blocked = reason is Reason.BUSY or not choice.never
         return None if due is None else max(0.0, due - now)
 
     def _wait_for_decode(self, choice: Choice, reason: Reason, now: float) -> None:

@@ -63,7 +63,7 @@ class Job:
         self.choices[index].stop()
 
     def cancel(self, reason: str) -> None:
-        for choice in self.choices:
+        for choice in reversed(self.choices):  # the first one's end would place those that wait for it
             choice.cancel(reason)
 
     # -- the choices' side -------------------------------------------------------------------------------

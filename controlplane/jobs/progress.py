@@ -34,7 +34,7 @@ class Progress:
         if attempt != self.attempt or attempt == 0:
             return None
         known = len(self.output)
-        if tokens and start_index > known:
+        if start_index > known:  # also without tokens: a finish must not cut off what was lost
             raise Gap(f"output has {known} tokens, the delta starts at {start_index}")
         skip = min(max(known - start_index, 0), len(tokens))
         fresh = tokens[skip:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from deepflow.v1 import common_pb2
 
 from controlplane.jobs.serving import ServingError
 from controlplane.jobs.states import TaskState
@@ -180,3 +181,23 @@ async def test_the_loops_place_and_time_out_by_themselves(bench: Bench) -> None:
     assert held.choices[0].state is TaskState.RUNNING
     loops.cancel()
     await asyncio.gather(loops, return_exceptions=True)
+
+
+def test_a_task_that_the_present_executors_cannot_run_stops_nobody(bench: Bench) -> None:
+    bench.fleet.add("small")
+    bench.fleet.add("large", link_up=False)
+    bench.submit()
+    bench.fleet.last.error(common_pb2.ERROR_CODE_OUT_OF_KV)  # only "large" may hold it
+    bench.turn()
+    other = bench.submit()
+    bench.turn()
+    assert (bench.fleet.last.te_id, bench.fleet.last.task.task_id) == ("small", f"{other.job_id}-0")
+
+
+def test_siblings_that_wait_are_not_placed_by_their_jobs_end(bench: Bench) -> None:
+    bench.fleet.add("a")
+    bench.submit(n=3).cancel("the client left")
+    late = bench.submit(n=3, timeout_seconds=5.0)
+    bench.turn(6)
+    assert [delta.finish for delta in drain(late)] == ["error"] * 3
+    assert len(bench.fleet.submitted) == 2, "the leaders alone"

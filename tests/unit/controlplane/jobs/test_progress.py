@@ -49,10 +49,12 @@ def test_without_a_current_attempt_nothing_is_taken() -> None:
     assert progress.output == []
 
 
-def test_a_gap_takes_nothing_and_an_empty_delta_is_no_gap() -> None:
+def test_a_gap_takes_nothing_with_or_without_tokens() -> None:
     progress = Progress()
     progress.attempt = 1
     with pytest.raises(Gap):
         progress.accept(1, 2, [3])
+    with pytest.raises(Gap):  # a finish: the tokens before it were lost
+        progress.accept(1, 7, [])
     assert progress.output == []
-    assert progress.accept(1, 7, []) is not None
+    assert progress.accept(1, 0, []) is not None
