@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from controlplane.fleet.registry import heed_cancellation
 from controlplane.jobs import metrics
 from controlplane.jobs.job import Job
+from controlplane.jobs.records import JobRecord
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.jobs.store import JobStore
 
@@ -33,7 +34,8 @@ class RecordWriter:
         self._store = store
         self._live = live
         self._settings = settings
-        self._marked: dict[str, Job] = {}
+        # An ended job waits as its record: the job itself would keep prompt and answer in memory.
+        self._marked: dict[str, Job | JobRecord] = {}
         self._work = asyncio.Event()
         self._up = True
         self._server = ""
@@ -44,7 +46,8 @@ class RecordWriter:
         """Never blocks."""
         if job.job_id not in self._marked and len(self._marked) >= self._settings.record_pending:
             self._drop_one()
-        self._marked[job.job_id] = job
+        ended = job.state.terminal
+        self._marked[job.job_id] = job.record(self._settings.gateway_id, time.time()) if ended else job
         self._work.set()
 
     async def run(self) -> None:
@@ -77,7 +80,12 @@ class RecordWriter:
         wall = time.time()
         try:
             async with asyncio.timeout(settings.redis_seconds):
-                await self._store.write([job.record(settings.gateway_id, wall) for job in batch])
+                await self._store.write(
+                    [
+                        job if isinstance(job, JobRecord) else job.record(settings.gateway_id, wall)
+                        for job in batch
+                    ]
+                )
                 await self._look_for_restart()
         except (RedisError, OSError, TimeoutError) as error:
             if self._up:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -82,3 +84,19 @@ async def test_during_an_outage_the_first_ended_jobs_are_dropped(bench: Bench) -
     bench_live = {job.job_id for job in bench.jobs.live_jobs}
     await records.flush()
     assert {job_id for batch in store.batches for job_id in batch} == bench_live
+
+
+async def test_an_ended_job_waits_without_its_prompt(bench: Bench) -> None:
+    store = ScriptedStore(down=True)
+    records = writer(bench, store)
+    job = bench.submit(prompt=4000)
+    job.cancel("over")
+    records.changed(job)
+    assert not await records.flush()
+    job_id, gone = job.job_id, weakref.ref(job)
+    del job
+    gc.collect()
+    assert gone() is None
+    store.down = False
+    assert await records.flush()
+    assert store.batches == [[job_id]]
