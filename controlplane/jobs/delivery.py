@@ -29,7 +29,9 @@ class Delivery:
         delta = self._delta(index)
         delta.tokens.extend(tokens)
         if logprobs is not None:
-            delta.logprobs = (delta.logprobs or []) + logprobs
+            if delta.logprobs is None:
+                delta.logprobs = []
+            delta.logprobs.extend(logprobs)
         if cached_tokens is not None:
             delta.cached_tokens = cached_tokens
         if prompt_logprobs is not None:

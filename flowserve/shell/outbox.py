@@ -228,7 +228,9 @@ def _merge(held: TaskDelta, delta: TaskDelta) -> None:
             held.start_index = delta.start_index
         held.tokens.extend(delta.tokens)
         if delta.logprobs is not None:
-            held.logprobs = [*(held.logprobs or ()), *delta.logprobs]
+            if held.logprobs is None:
+                held.logprobs = []
+            held.logprobs.extend(delta.logprobs)
     held.finish = delta.finish or held.finish
     held.error = delta.error or held.error
     held.handover = delta.handover or held.handover
