@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import httpx
 import openai
 import pytest
 
@@ -81,6 +82,24 @@ async def test_known_keys_survive_an_outage_of_redis(
     assert await ask(stack, key)
     with pytest.raises(openai.RateLimitError):
         await ask(stack, key)  # counted locally meanwhile
+
+
+async def test_equal_request_ids_are_not_one_running_request(stack: Stack) -> None:
+    key, _ = await create_key(stack.redis, tenant="a", limits=KeyLimits(concurrent=1))
+    stack.executor.first_delay = 0.3
+    headers = {"authorization": f"Bearer {key}", "x-request-id": "mine"}
+    body = {"model": MODEL, "prompt": "one two"}
+    async with stack.http(headers=headers) as http:
+        answers = await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(3)))
+    assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
+
+
+async def test_a_burst_on_a_cold_key_waits_for_redis_instead_of_failing(stack: Stack) -> None:
+    key, _ = await create_key(stack.redis, tenant="a", limits=KeyLimits(concurrent=1000))
+    limits = httpx.Limits(max_connections=200)
+    async with stack.http(headers={"authorization": f"Bearer {key}"}, limits=limits) as http:
+        answers = await asyncio.gather(*(http.get("/v1/models") for _ in range(200)))
+    assert {answer.status_code for answer in answers} == {200}
 
 
 async def test_request_rate_token_rate_and_concurrency(stack: Stack) -> None:
