@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import cast
 
 from deepflow.v1.worker_pb2 import ExecutorRecord
 from google.protobuf.message import DecodeError
@@ -27,6 +28,15 @@ MAX_EXECUTORS = 10_000
 """Ids read at most (ours): a bound on one MGET, far above what one gateway holds streams to."""
 
 log = logging.getLogger(__name__)
+
+# Ids of executors that were killed stay in the set: without this it would grow with every pod there ever was.
+# Checked again on the server, so that one that has just registered is not forgotten.
+_FORGET = """
+for i = 2, #KEYS do
+  if redis.call('exists', KEYS[i]) == 0 then redis.call('srem', KEYS[1], ARGV[i - 1]) end
+end
+return 1
+"""
 
 
 class Registry:
@@ -91,8 +101,10 @@ class Registry:
             return {}
         values = await self._redis.mget([RECORD_PREFIX + te_id for te_id in ids])
         records: dict[str, ExecutorRecord] = {}
+        lapsed: list[str] = []
         for te_id, value in zip(ids, values, strict=True):
             if not isinstance(value, bytes):
+                lapsed.append(te_id)
                 continue
             try:
                 record = ExecutorRecord.FromString(value)
@@ -101,6 +113,9 @@ class Registry:
                 continue
             if record.te_id == te_id and record.address:
                 records[te_id] = record
+        if lapsed:
+            keys = [IDS_KEY, *(RECORD_PREFIX + te_id for te_id in lapsed)]
+            await cast("Awaitable[object]", self._redis.eval(_FORGET, len(keys), *keys, *lapsed))
         return records
 
     async def _listen(self) -> None:

@@ -29,6 +29,7 @@ async def test_reads_live_records_and_skips_what_is_gone_or_broken(clean_valkey:
         await redis.set(RECORD_PREFIX + "liar", ExecutorRecord(te_id="a", address="x").SerializeToString())
         await redis.sadd(IDS_KEY, "broken", "liar")
         assert await Registry(redis, seen.append).read()
+        assert await redis.smembers(IDS_KEY) == {b"a", b"broken", b"liar"}, "the lapsed one is forgotten"
     assert list(seen[0]) == ["a"]
 
 
