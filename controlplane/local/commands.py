@@ -31,8 +31,8 @@ PYTHON = (sys.executable, "-P", "-m")
 
 
 def base_env(paths: StatePaths, redis_url: str, token: str) -> dict[str, str]:
-    """What all children share. Secrets (a REDIS_URL may hold a password) travel in the environment, never on a
-    command line, which every user of the machine can read."""
+    """What all children share. Secrets (a REDIS_URL may hold a password) travel in the environment, never on
+    a command line, which every user of the machine can read."""
     return {
         **os.environ,
         "DEEPFLOW_HOME": str(paths.root),

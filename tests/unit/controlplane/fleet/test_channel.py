@@ -1,4 +1,4 @@
-"""What one executor's channel does with its tasks' listeners; streams are under test in tests/integration/jobs."""
+"""What one executor's channel does with its tasks' listeners. Its streams: tests/integration/jobs."""
 
 from __future__ import annotations
 
