@@ -3,7 +3,8 @@
 - A key that is presented must be valid, wherever it comes from.
 - Without a key only loopback clients are let in, as tenant "default", and only if nothing says that they
   are not what they look like: a proxy's forwarding header, a foreign `Host` (DNS rebinding) or a foreign
-  `Origin` (a web page in the user's browser). `require_key` closes this door.
+  `Origin` (a web page in the user's browser). `require_key` closes this door, and must be set behind a proxy
+  on this machine that adds no header and rewrites `Host` (nginx's plain `proxy_pass`): nothing gives it away.
 - Tenant and forwarding headers are never believed; a forwarding header can only take trust away.
 
 Keys are looked up in Redis through a small cache (seconds, so that revocation is prompt). While Redis is

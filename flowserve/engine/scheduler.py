@@ -51,7 +51,6 @@ class Plan:
     work: list[Work] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)  # hold blocks since this pass
     populates: list[tuple[Sequence, PrefixMatch]] = field(default_factory=list)
-    pulls: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
 
     @property
@@ -228,8 +227,6 @@ class Scheduler:
             sequence.cached_tokens = min(sequence.computed, len(sequence.prompt))
         if sequence.pulls:
             sequence.state = State.PULLING
-            sequence.pull_started = now
-            plan.pulls.append(sequence)
         elif not match.on_device:
             sequence.state = State.POPULATING
             plan.populates.append((sequence, match))

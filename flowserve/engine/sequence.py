@@ -59,7 +59,6 @@ class Sequence:
         "processor",
         "prompt",
         "prompt_logprobs",
-        "pull_started",
         "reported",
         "state",
         "task",
@@ -95,7 +94,6 @@ class Sequence:
         self.cached_tokens: int | None = None  # set at first admission
         self.reported = False  # the first delta, with cached_tokens, was made
         self.first_scheduled: float | None = None
-        self.pull_started: float | None = None
         self.transfer_seconds = 0.0
         self.last_progress = arrival
         self.prefix_wait_since: float | None = None

@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 import enum
 from collections import deque
-from collections.abc import Iterable
 
 from flowserve.engine.types import KVEvents, TaskDelta
 from flowserve.shell import metrics
@@ -194,14 +193,6 @@ class Outbox:
         self._kv_removed.clear()
         self._kv_size = 0
         self._kv_next = None
-
-
-def merge_all(deltas: Iterable[TaskDelta]) -> list[TaskDelta]:
-    """Deltas in order, merged as an outbox would."""
-    outbox = Outbox()
-    for delta in deltas:
-        outbox.add_delta(delta)
-    return outbox.take_deltas()
 
 
 def _copy(delta: TaskDelta) -> TaskDelta:
