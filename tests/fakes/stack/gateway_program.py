@@ -30,10 +30,11 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("fd", "redis-url", "catalogue", "gateway-id"):
+    for name in ("fd", "catalogue", "gateway-id"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--prometheus-dir")
     arguments = parser.parse_args()
+    _ = os.environ["REDIS_URL"]  # as the real one: it may hold a password, so it is on no command line
     Handler.catalogue = arguments.catalogue
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server = HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
