@@ -1,8 +1,8 @@
-"""Builds the compiled CPU step beside the package; everything else stands in pyproject.toml.
+"""Builds the compiled CPU step and the compiled copy; everything else stands in pyproject.toml.
 
-The extension is optional: without a C++ compiler, or on another processor family, the install goes
-on and the worker uses plain torch. It is a plain shared library for ctypes, so one build serves every
-Python version.
+Both are optional: without a compiler, or (the step) on another processor family, the install goes on
+and the worker uses plain torch, and numpy to copy. They are plain shared libraries for ctypes, so one
+build serves every Python version.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ import platform
 
 from setuptools import Extension, setup
 
-extensions = []
+extensions = [
+    Extension(
+        "kvtransfer.native._copy",
+        sources=["kvtransfer/native/copy.c"],
+        extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden"],
+        optional=True,
+    )
+]
 if platform.machine() in ("x86_64", "AMD64"):
     extensions.append(
         Extension(

@@ -45,6 +45,14 @@ class TransferError(Exception):
         return self.code is not TransferErrorCode.LAYOUT_MISMATCH
 
 
+class TransportUnavailable(Exception):
+    """A transport cannot be used between two ends; another may. `reason` is one word for the metric."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 _STATUS = {
     TransferErrorCode.UNKNOWN_TRANSFER: grpc.StatusCode.NOT_FOUND,
     TransferErrorCode.LAYOUT_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,

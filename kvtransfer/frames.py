@@ -7,6 +7,7 @@ and writes the same. KV is copied once at each end instead of three times.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _DATA_TAG = 0x0A  # field 1, length-delimited
@@ -21,12 +22,13 @@ class Frame:
     crc32: int | None
 
 
-def encode_frame(data: memoryview, checksum: bool) -> bytes:
-    """A serialized ReadChunk: one copy of `data`, whose checksum is taken of that copy."""
-    frame = b"".join((bytes((_DATA_TAG,)), _varint(len(data)), data))
+def encode_frame(data: Sequence[memoryview], checksum: bool) -> bytes:
+    """A serialized ReadChunk of the buffers' bytes: one copy, whose checksum is taken of that copy."""
+    size = sum(map(len, data))
+    frame = b"".join((bytes((_DATA_TAG,)), _varint(size), *data))
     if not checksum:
         return frame
-    crc = zlib.crc32(memoryview(frame)[len(frame) - len(data) :])
+    crc = zlib.crc32(memoryview(frame)[len(frame) - size :])
     return frame + bytes((_CRC_TAG,)) + _varint(crc) if crc else frame
 
 

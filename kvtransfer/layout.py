@@ -70,6 +70,11 @@ class KVLayout:
         elements = self.layers * 2 * self.kv_heads * self.block_tokens * self.head_dim
         return elements * DTYPE_BYTES[self.dtype]
 
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head's tokens in one layer, of K or of V: the least contiguous piece of a page."""
+        return self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens; the last one may be partly filled."""
         return -(-tokens // self.block_tokens)

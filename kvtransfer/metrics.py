@@ -31,10 +31,15 @@ MOVES = Histogram(
 INFLIGHT_BYTES = Gauge("deepflow_kv_inflight_bytes", "Bytes of copies that run now at this receiver.")
 ACTIVE_PULLS = Gauge("deepflow_kv_active_pulls", "Pulls in progress at this receiver.")
 WAITING_PULLS = Gauge("deepflow_kv_waiting_pulls", "Pulls that wait for a slot at this receiver.")
+CHOSEN = Counter(
+    "deepflow_kv_transport_chosen_total",
+    "Handshakes of this receiver that ended with a transport.",
+    ("transport",),
+)
 FALLBACKS = Counter(
-    "deepflow_kv_shm_fallbacks_total",
-    "Peers on this host that are read over gRPC because their pool could not be mapped.",
-    ("reason",),
+    "deepflow_kv_transport_fallbacks_total",
+    "Transports a peer offered that could not be opened, so that a slower one is used.",
+    ("transport", "reason"),
 )
 PEERS = Gauge("deepflow_kv_peers", "Peers with a cached channel (and mapping) at this receiver.")
 
@@ -44,7 +49,7 @@ RELEASED = Counter(
     "Transfers that ended at this sender (acked, aborted, expired, withdrawn).",
     ("outcome",),
 )
-READ_BYTES = Counter("deepflow_kv_read_bytes_total", "KV bytes sent over gRPC by this sender.")
+READ_BYTES = Counter("deepflow_kv_read_bytes_total", "KV bytes sent over sockets and gRPC by this sender.")
 ACTIVE_READS = Gauge("deepflow_kv_active_reads", "Read streams this sender serves now.")
 REFUSED = Counter(
     "deepflow_kv_refused_total", "Calls this sender refused because a bound was reached.", ("what",)

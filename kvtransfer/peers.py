@@ -1,4 +1,4 @@
-"""The receiver's cache of peers: a channel, a handshake and, on one host, a mapped pool for each.
+"""The receiver's cache of peers: a channel, a handshake and an open transport for each.
 
 Keyed by (te_id, incarnation): a restarted executor is another peer. Bounded; a peer in use is never
 evicted, and the number of peers in use is bounded by the receiver's concurrent pulls.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +23,15 @@ from deepflow.v1 import kvtransfer_pb2_grpc as pb_grpc
 
 from kvtransfer import metrics
 from kvtransfer.channel import open_channel
-from kvtransfer.errors import TransferError, TransferErrorCode, error_of
+from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, error_of
 from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import HostPool, PoolError
-from kvtransfer.shm import ShmUnavailable, request_pool
+from kvtransfer.shm import request_pool
+from kvtransfer.transports.base import Transport
+from kvtransfer.transports.choice import Mode, Opener, open_best
+from kvtransfer.transports.grpc_read import GrpcTransport
+from kvtransfer.transports.shm import ShmTransport
+from kvtransfer.transports.stream import StreamEnd, StreamTransport
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +52,10 @@ class LocalEnd:
     token: str
     host_identity: str
     shm_dir: Path | None
-    transports: str  # "auto" | "grpc" | "shm"
+    transports: Mode
+    peer_timeout: float  # seconds
+    copy_workers: ThreadPoolExecutor
+    stream_workers: ThreadPoolExecutor
 
     @property
     def receiver(self) -> str:
@@ -69,17 +79,23 @@ class Peer:
         self._lock = asyncio.Lock()
         self._handshake: pb.HandshakeResponse | None = None
         self._layout: KVLayout | None = None
-        self.mapping: HostPool | None = None
+        self._transport: Transport | None = None
 
     def __str__(self) -> str:
         return f"{self.te_id}/{self.incarnation} at {self.address}"
 
+    @property
+    def transport(self) -> Transport:
+        """The one chosen in the last handshake."""
+        assert self._transport is not None, "connect comes first"
+        return self._transport
+
     async def connect(self, local: LocalEnd, timeout: float) -> pb.HandshakeResponse:
-        """Shakes hands once, and maps the pool where both ends can. Raises TransferError."""
+        """Shakes hands once, and opens the best transport of both ends. Raises TransferError."""
         async with self._lock:
             if self._handshake is not None and self._layout == local.layout:
                 return self._handshake
-            self.forget()
+            await self.forget()
             request = pb.HandshakeRequest(
                 te_id=local.te_id,
                 incarnation=local.incarnation,
@@ -99,48 +115,59 @@ class Peer:
                 local.layout.check_compatible(KVLayout.from_proto(answer.layout))
             except LayoutMismatch as mismatch:
                 raise TransferError(TransferErrorCode.LAYOUT_MISMATCH, mismatch.reason) from mismatch
-            self.mapping = await self._map(local, answer)
+            self._transport = await open_best(local.transports, self._openers(local, answer), str(self))
             self._handshake, self._layout = answer, local.layout
-            logger.info("peer %s: transport %s", self, "shm" if self.mapping else "grpc")
             return answer
 
-    def forget(self) -> None:
+    async def forget(self) -> None:
         """The next `connect` shakes hands anew."""
         self._handshake = None
-        self.mapping = None  # freed with its last reference: a pull may still copy out of it
+        if self._transport is not None:
+            await self._transport.close()  # a pull that still copies keeps what it uses
 
     async def close(self) -> None:
-        self.forget()
+        await self.forget()
         await self.channel.close()
 
-    async def _map(self, local: LocalEnd, answer: pb.HandshakeResponse) -> HostPool | None:
-        """The peer's pool, or None where gRPC is to be used. Raises TransferError if only shm may be."""
-        if local.transports == "grpc":
-            return None
-        try:
-            if local.shm_dir is None or not local.host_identity or not answer.shm_socket:
-                raise ShmUnavailable("host", "no socket folder is shared with this peer")
+    def _openers(self, local: LocalEnd, answer: pb.HandshakeResponse) -> dict[str, Opener]:
+        """How to open each transport that both ends can do."""
+
+        async def grpc_read() -> Transport:
+            return GrpcTransport(self.read, str(self), local.metadata, local.copy_workers)
+
+        openers: dict[str, Opener] = {"grpc": grpc_read}
+        shm_dir = local.shm_dir if local.host_identity else None
+        if shm_dir is not None and answer.shm_socket:
             # The peer's folder may be mounted elsewhere here: only the name is taken from it.
-            path = local.shm_dir / Path(answer.shm_socket).name
-            passed = await request_pool(path, self.incarnation, local.token)
-            try:
-                if passed.pool_id != answer.pool_id:
-                    raise ShmUnavailable("reloaded", "the pool was replaced during the handshake")
-                return HostPool.attach(passed.fd, local.layout, passed.num_blocks)
-            finally:
-                os.close(passed.fd)
-        except (ShmUnavailable, PoolError) as error:
-            reason = error.reason if isinstance(error, ShmUnavailable) else "pool"
-            if local.transports == "shm":
-                raise TransferError(
-                    TransferErrorCode.INTERNAL, f"{self}: shared memory is demanded but: {error}"
-                ) from error
-            if reason == "host":
-                logger.info("peer %s: gRPC is used: %s", self, error)
+            openers["shm"] = functools.partial(
+                self._open_shm, local, shm_dir / Path(answer.shm_socket).name, answer.pool_id
+            )
+        for offer in answer.offers:
+            if offer.name == "unix" and shm_dir is not None:
+                address: str | tuple[str, int] = os.fspath(shm_dir / Path(offer.address).name)
+            elif offer.name == "tcp" and offer.address.isdecimal():
+                host = self.address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+                address = (host, int(offer.address))
             else:
-                logger.warning("peer %s: gRPC is used though it is on this host: %s", self, error)
-                metrics.FALLBACKS.labels(reason).inc()
-            return None
+                continue  # of a newer peer, or out of our reach
+            end = StreamEnd(offer.name, address, self.incarnation, local.token)
+            openers[offer.name] = functools.partial(
+                StreamTransport.open, end, local.stream_workers, local.peer_timeout
+            )
+        return openers
+
+    async def _open_shm(self, local: LocalEnd, path: Path, pool_id: str) -> ShmTransport:
+        """Maps the peer's pool. Raises TransportUnavailable."""
+        passed = await request_pool(path, self.incarnation, local.token)
+        try:
+            if passed.pool_id != pool_id:
+                raise TransportUnavailable("reloaded", "the pool was replaced during the handshake")
+            pool = await asyncio.to_thread(HostPool.attach, passed.fd, local.layout, passed.num_blocks)
+        except PoolError as error:
+            raise TransportUnavailable("pool", str(error)) from error
+        finally:
+            os.close(passed.fd)
+        return ShmTransport(pool, local.copy_workers)
 
 
 class PeerCache:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import grpc.aio
 from deepflow.v1 import kvtransfer_pb2 as pb
@@ -31,7 +30,8 @@ from kvtransfer.pool import BlockStore
 from kvtransfer.runs import Run, align, blocks_of
 from kvtransfer.sender import DEFAULT_LEASE_SECONDS
 from kvtransfer.shm import host_identity
-from kvtransfer.transports import GrpcTransport, ShmTransport, Transport
+from kvtransfer.transports.base import Job, Transport
+from kvtransfer.transports.choice import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ MAX_WAITING = 256
 """Pulls that wait for a slot, the engine's default bound of tasks."""
 COPY_THREADS = 2
 """One core copies about 10 GB/s, a socket's worth of memory bandwidth is reached with few (ours)."""
-
-Transports = Literal["auto", "grpc", "shm"]
+STREAM_THREADS = 8
+"""Sockets read at once, as many as a sender answers: they wait for bytes more than they copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class PullResult:
 
     bytes: int
     moves: int
-    transport: str  # "shm" | "grpc"
+    transport: str  # name of kvtransfer.transports.choice
     seconds: float
 
 
@@ -88,7 +88,7 @@ class Receiver:
         incarnation: str,
         *,
         token: str,
-        transports: Transports = "auto",
+        transports: Mode = "auto",
         shm_dir: Path | None = None,
         peer_timeout: float = DEFAULT_PEER_TIMEOUT,
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
@@ -98,7 +98,8 @@ class Receiver:
         max_peers: int = MAX_PEERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` is the one that deadlines of `pull` are on, in seconds. `checksum` guards gRPC reads."""
+        """`clock` is the one that deadlines of `pull` are on, in seconds. `checksum` guards what comes over
+        sockets and gRPC."""
         self.te_id = te_id
         self.incarnation = incarnation
         self._store = store
@@ -118,6 +119,7 @@ class Receiver:
         self._host_identity = ""
         self._finishes: set[asyncio.Task[None]] = set()
         self._workers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
+        self._streams = ThreadPoolExecutor(STREAM_THREADS, thread_name_prefix="kv-stream-in")
         self._closed = False
 
     @property
@@ -143,6 +145,7 @@ class Receiver:
             await asyncio.wait(self._finishes, timeout=FINISH_SECONDS)
         await self._peers.close()
         self._workers.shutdown(wait=False)
+        self._streams.shutdown(wait=False)
 
     async def pull(  # noqa: PLR0917  where from, what, where to, until when: each is named at the call
         self,
@@ -265,7 +268,7 @@ class Receiver:
                 if error.code is not TransferErrorCode.STALE_POOL:
                     raise
                 # The sender loaded a model since we shook hands: once more with its new pool.
-                peer.forget()
+                await peer.forget()
                 handshake = await peer.connect(local, min(self._peer_timeout, self._left(pull)))
                 await self._guarded(peer, local, store, pull, handshake.pool_id)
         except TransferError as error:
@@ -289,7 +292,7 @@ class Receiver:
     async def _follow(
         self, peer: Peer, local: LocalEnd, store: BlockStore, pull: _Pull, pool_id: str
     ) -> None:
-        transport = self._transport(peer, local, store, pull)
+        transport = peer.transport
         pull.transport = transport.name
         request = pb.WatchRequest(transfer_id=pull.transfer_id, receiver=local.receiver, pool_id=pool_id)
         call = peer.stub.Watch(request, metadata=self._metadata, timeout=self._left(pull))
@@ -297,7 +300,7 @@ class Receiver:
             async for update in call:
                 match update.WhichOneof("update"):
                     case "chunk":
-                        await self._copy(transport, store, pull, update.chunk)
+                        await self._copy(transport, local, store, pull, update.chunk)
                     case "complete":
                         self._check_complete(pull, update.complete)
                         return
@@ -311,7 +314,9 @@ class Receiver:
             TransferErrorCode.PEER_LOST, f"{peer} ended the watch of {pull.transfer_id} without a result"
         )
 
-    async def _copy(self, transport: Transport, store: BlockStore, pull: _Pull, chunk: pb.ChunkReady) -> None:
+    async def _copy(
+        self, transport: Transport, local: LocalEnd, store: BlockStore, pull: _Pull, chunk: pb.ChunkReady
+    ) -> None:
         """Copies what is needed of one chunk. A block announced again is copied again."""
         if sum(run.count for run in chunk.runs) != len(chunk.generations):
             raise TransferError(
@@ -330,7 +335,17 @@ class Receiver:
         started = self._clock()
         metrics.INFLIGHT_BYTES.inc(size)
         try:
-            await transport.copy(moves, dict(zip(announced, chunk.generations, strict=True)))
+            await transport.copy(
+                Job(
+                    pull.transfer_id,
+                    local.receiver,
+                    moves,
+                    dict(zip(announced, chunk.generations, strict=True)),
+                    store,
+                    self._checksum,
+                    lambda: self._left(pull),
+                )
+            )
         finally:
             metrics.INFLIGHT_BYTES.dec(size)
             pull.copy_seconds += self._clock() - started
@@ -362,19 +377,6 @@ class Receiver:
                 # An ended or unknown transfer is the watch's and the generations' to tell.
                 logger.debug("%s", error)
 
-    def _transport(self, peer: Peer, local: LocalEnd, store: BlockStore, pull: _Pull) -> Transport:
-        if peer.mapping is not None:
-            return ShmTransport(peer.mapping, store, self._workers)
-        return GrpcTransport(
-            peer,
-            local,
-            pull.transfer_id,
-            store,
-            self._workers,
-            checksum=self._checksum,
-            timeout=lambda: self._left(pull),
-        )
-
     # -- around it ----------------------------------------------------------------------------
 
     def _local_end(self, store: BlockStore) -> LocalEnd:
@@ -389,6 +391,9 @@ class Receiver:
             self._host_identity,
             self._shm_dir,
             self._transports,
+            self._peer_timeout,
+            self._workers,
+            self._streams,
         )
 
     def _left(self, pull: _Pull) -> float:

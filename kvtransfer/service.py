@@ -19,14 +19,13 @@ import grpc.aio
 from deepflow.v1 import kvtransfer_pb2 as pb
 
 from kvtransfer import metrics
-from kvtransfer.channel import READ_CHUNK_BYTES
 from kvtransfer.errors import TransferError, TransferErrorCode, status_of
-from kvtransfer.frames import encode_frame
 from kvtransfer.layout import KVLayout, LayoutMismatch
-from kvtransfer.pool import BlockStore, fence
-from kvtransfer.runs import Run, blocks_of
+from kvtransfer.pool import BlockStore, HostPool
 from kvtransfer.sender import Chunk, Sender
 from kvtransfer.shm import PoolServer, host_identity
+from kvtransfer.transports.grpc_serve import read_frames
+from kvtransfer.transports.stream_server import StreamServer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class KVTransferService:
-    """Serves one Sender. `shm_dir` None, or a store that is not in host memory: gRPC alone."""
+    """Serves one Sender. Without `shm_dir` nothing is shared on the host; `data_listen` is the host and
+    port of the data socket (port 0: any), without it other hosts read over gRPC."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class KVTransferService:
         *,
         token: str = "",
         shm_dir: Path | None = None,
+        data_listen: tuple[str, int] | None = None,
         max_reads: int = MAX_READS,
         max_watches: int = MAX_WATCHES,
         watch_grace: float = WATCH_GRACE_SECONDS,
@@ -62,6 +63,10 @@ class KVTransferService:
         self._host_identity = ""
         self._pool_server = PoolServer(sender, shm_dir, token) if shm_dir is not None else None
         self._shm_socket = ""
+        self._token = token
+        self._data_listen = data_listen
+        self._streams: StreamServer | None = None
+        self._offers: dict[str, str] = {}  # address by name
         self._reads = asyncio.Semaphore(max_reads)
         self._waiting_reads = 0
         self._watches = 0
@@ -110,7 +115,24 @@ class KVTransferService:
             else:
                 self._shm_socket = str(self._pool_server.path)
                 self._host_identity = host_identity(self._shm_dir)
+        self._start_streams()
         self._reaper = asyncio.create_task(self._reap(), name="kv-lease-reaper")
+
+    def _start_streams(self) -> None:
+        """The data sockets; what cannot be had is not offered."""
+        self._streams = StreamServer(self.sender, self._token)
+        if self._host_identity and self._pool_server is not None:
+            path = self._pool_server.path.with_suffix(".data.sock")
+            try:
+                self._streams.listen_unix(path)
+                self._offers["unix"] = path.name
+            except OSError as error:
+                logger.warning("no unix data socket: %s", error)
+        if self._data_listen is not None:
+            try:
+                self._offers["tcp"] = str(self._streams.listen_tcp(*self._data_listen))
+            except OSError as error:
+                logger.warning("no TCP data socket at %s: %s", self._data_listen, error)
 
     async def stop(self, reason: str = "the executor stops") -> None:
         """Withdraws what is left and gives the socket back. Idempotent."""
@@ -120,6 +142,10 @@ class KVTransferService:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reaper
             self._reaper = None
+        if self._streams is not None:
+            await self._streams.stop()
+            self._streams = None
+            self._offers.clear()
         if self._pool_server is not None:
             await self._pool_server.stop()
             self._shm_socket = ""
@@ -156,8 +182,13 @@ class KVTransferService:
             layout=store.layout.to_proto(),
             num_blocks=store.num_blocks,
             host_identity=self._host_identity,
-            shm_socket=self._shm_socket if shared else "",
+            shm_socket=self._shm_socket if shared and isinstance(store, HostPool) else "",
             pool_id=pool_id,
+            offers=[
+                pb.TransportOffer(name=name, address=address)
+                for name, address in self._offers.items()
+                if shared or name != "unix"
+            ],
         )
 
     async def watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.TransferUpdate]:
@@ -220,46 +251,13 @@ class KVTransferService:
             self._waiting_reads -= 1
         metrics.ACTIVE_READS.inc()
         try:
-            async for frame in self._frames(request):
+            async for frame in read_frames(self.sender, request):
                 yield frame
         except TransferError as error:
             await _abort(context, error)
         finally:
             metrics.ACTIVE_READS.dec()
             self._reads.release()
-
-    async def _frames(self, request: pb.ReadRequest) -> AsyncIterator[bytes]:
-        sender = self.sender
-        runs = [Run(run.start, run.count) for run in request.runs]
-        store = sender.check_read(request.transfer_id, request.receiver, runs, request.generations)
-        expected = dict(zip(blocks_of(runs), request.generations, strict=True))
-        size = store.layout.block_bytes
-        staged_blocks = max(1, READ_CHUNK_BYTES // size)
-        for run in runs:
-            # Host memory is cut anywhere; a device's is staged by whole blocks.
-            on_host = store.view(run.start, 0) is not None
-            step = run.count if on_host else staged_blocks
-            for start in range(run.start, run.start + run.count, step):
-                count = min(step, run.start + run.count - start)
-                view = store.view(start, count)
-                if view is None:
-                    _check_generations(store, expected, range(start, start + count))
-                    view = memoryview(await asyncio.to_thread(store.load, start, count))
-                    _check_generations(store, expected, range(start, start + count))
-                for offset in range(0, count * size, READ_CHUNK_BYTES):
-                    length = min(READ_CHUNK_BYTES, count * size - offset)
-                    piece = view[offset : offset + length]
-                    if on_host:
-                        touched = range(start + offset // size, start + (offset + length - 1) // size + 1)
-                        _check_generations(store, expected, touched)
-                        frame = encode_frame(piece, request.checksum)
-                        _check_generations(store, expected, touched)
-                    else:
-                        frame = encode_frame(piece, request.checksum)
-                    yield frame
-                    # The peer took the piece: it lives, so the lease goes on. An ended transfer raises.
-                    sender.renew(request.transfer_id, request.receiver)
-                    metrics.READ_BYTES.inc(length)
 
     async def renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         try:
@@ -274,15 +272,6 @@ class KVTransferService:
         except TransferError as error:
             await _abort(context, error)
         return pb.FinishResponse(first=first)
-
-
-def _check_generations(store: BlockStore, expected: dict[int, int], blocks: range) -> None:
-    fence()
-    for block in blocks:
-        if store.generation(block) != expected[block]:
-            raise TransferError(
-                TransferErrorCode.GENERATION_MOVED, f"block {block} was reused while it was being read"
-            )
 
 
 async def _abort(context: Context, error: TransferError) -> NoReturn:

@@ -100,7 +100,13 @@ class TaskExecutorProcess:
             lease_seconds=settings.lease_seconds,
             on_released=self._handover.released,
         )
-        self._kv_service = KVTransferService(self._sender, token=settings.token, shm_dir=settings.shm_dir)
+        data = settings.kv_data_listen
+        self._kv_service = KVTransferService(
+            self._sender,
+            token=settings.token,
+            shm_dir=settings.shm_dir,
+            data_listen=None if data is None else (data.host, data.port),
+        )
         self._loader = Loader(settings, self._handover, self._on_event)
         self._registry: Registry | None = None
         self.lifecycle = Lifecycle(

@@ -50,6 +50,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     kv_transport: str = "auto"
+    kv_data_listen: Endpoint | None = None
     lease_seconds: float = 30.0
     host_cache_bytes: int = 0
     block_tokens: int = 16
@@ -109,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="compute threads (default: the cores it may use)")
     add("--metrics-listen", default="127.0.0.1:0", help="HOST:PORT of /metrics; 'off' = none")
     add("--shm-dir", type=Path, help="folder of the sockets that pass KV pools on this host")
-    add("--kv-transport", default="auto", choices=("auto", "grpc", "shm"))
+    add("--kv-transport", default="auto", choices=("auto", "shm", "unix", "tcp", "grpc"))
+    add(
+        "--kv-data-listen",
+        default="",
+        help="HOST:PORT that peers read KV from (default: the listen host, any port); 'off' = over gRPC",
+    )
     add("--lease-seconds", type=float, default=30.0, help="how long KV stays on offer unless renewed")
     add("--host-cache-bytes", type=int, default=0, help="host tier of the prefix cache")
     add("--block-tokens", type=int, default=16)
@@ -122,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--watchdog-seconds", type=float, default=DEFAULT_WATCHDOG_SECONDS, help="a hung engine's age")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
+
+
+def _data_endpoint(text: str, listen: Endpoint) -> Endpoint | None:
+    """Where peers read KV from. Raises ValueError."""
+    if text == "off":
+        return None
+    return parse_endpoint(text) if text else Endpoint(listen.host, 0)
 
 
 def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
@@ -144,13 +157,16 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     try:
         listen = parse_endpoint(args.listen)
         metrics = None if args.metrics_listen == "off" else parse_endpoint(args.metrics_listen)
+        data = _data_endpoint(args.kv_data_listen, listen)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     token = env.get(TOKEN_ENV, "")
-    if not token and not is_loopback(listen.host):
-        raise SettingsError(
-            f"--listen {listen} can be reached from other hosts: set {TOKEN_ENV}, or listen on 127.0.0.1"
-        )
+    for option, endpoint in (("--listen", listen), ("--kv-data-listen", data)):
+        if not token and endpoint is not None and not is_loopback(endpoint.host):
+            raise SettingsError(
+                f"{option} {endpoint} can be reached from other hosts:"
+                f" set {TOKEN_ENV}, or listen on 127.0.0.1"
+            )
     advertise = args.advertise_host or listen.host
     if _is_wildcard(advertise):
         raise SettingsError(f"peers cannot reach {advertise}: give --advertise-host (in a pod: its IP)")
@@ -167,6 +183,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         device=args.device,
         threads=args.threads or available_cores(),
         kv_transport=args.kv_transport,
+        kv_data_listen=data,
         lease_seconds=args.lease_seconds,
         host_cache_bytes=args.host_cache_bytes,
         block_tokens=args.block_tokens,

@@ -126,6 +126,7 @@ async def serving(
         lease_seconds=lease_seconds,
         on_released=lambda transfer_id, outcome: released.append((transfer_id, outcome)),
     )
+    options.setdefault("data_listen", ("127.0.0.1", 0))
     service = KVTransferService(sender, token=token, shm_dir=shm_dir, **options)
     server = grpc.aio.server(interceptors=[TokenAuth(token)], options=SERVER_OPTIONS)
     service.add_to_server(server)

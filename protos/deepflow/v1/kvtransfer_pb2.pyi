@@ -186,6 +186,7 @@ class HandshakeResponse(_message.Message):
     HOST_IDENTITY_FIELD_NUMBER: _builtins.int
     SHM_SOCKET_FIELD_NUMBER: _builtins.int
     POOL_ID_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     num_blocks: _builtins.int
@@ -196,6 +197,10 @@ class HandshakeResponse(_message.Message):
     """another after a reload: mappings and handshakes are for one pool"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportOffer]:
+        """besides shared memory and Read"""
+
     def __init__(
         self,
         *,
@@ -206,14 +211,40 @@ class HandshakeResponse(_message.Message):
         host_identity: _builtins.str = ...,
         shm_socket: _builtins.str = ...,
         pool_id: _builtins.str = ...,
+        offers: _abc.Iterable[Global___TransportOffer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_identity", b"host_identity", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "pool_id", b"pool_id", "shm_socket", b"shm_socket", "te_id", b"te_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_identity", b"host_identity", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "offers", b"offers", "pool_id", b"pool_id", "shm_socket", b"shm_socket", "te_id", b"te_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandshakeResponse: _TypeAlias = HandshakeResponse  # noqa: Y015
+
+@_typing.final
+class TransportOffer(_message.Message):
+    """A way in which this sender's pool can be read. `name` is one of kvtransfer.transports.choice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    address: _builtins.str
+    """"unix": name of the socket in the shared folder; "tcp": port at the sender's host"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportOffer: _TypeAlias = TransportOffer  # noqa: Y015
 
 @_typing.final
 class BlockRun(_message.Message):
@@ -383,9 +414,15 @@ class ReadRequest(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    FIRST_HEAD_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     receiver: _builtins.str
     checksum: _builtins.bool
+    first_head: _builtins.int
+    """of the heads that are wanted of each block"""
+    heads: _builtins.int
+    """0 = all of them"""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRun]:
         """in the sender's pool, within announced chunks"""
@@ -402,10 +439,12 @@ class ReadRequest(_message.Message):
         runs: _abc.Iterable[Global___BlockRun] | None = ...,
         generations: _abc.Iterable[_builtins.int] | None = ...,
         checksum: _builtins.bool = ...,
+        first_head: _builtins.int = ...,
+        heads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "generations", b"generations", "receiver", b"receiver", "runs", b"runs", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_head", b"first_head", "generations", b"generations", "heads", b"heads", "receiver", b"receiver", "runs", b"runs", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,7 +14,7 @@ from kvtransfer.frames import checksum_holds, decode_frame, encode_frame
 
 @given(st.binary(max_size=300), st.booleans())
 def test_protobuf_reads_what_is_written(data: bytes, checksum: bool) -> None:
-    message = pb.ReadChunk.FromString(encode_frame(memoryview(data), checksum))
+    message = pb.ReadChunk.FromString(encode_frame([memoryview(data)], checksum))
     assert message.data == data
     assert message.crc32 == (zlib.crc32(data) if checksum else 0)
 
@@ -35,13 +35,13 @@ def test_any_bytes_decode_or_raise_value_error(buffer: bytes) -> None:
 
 
 def test_a_flipped_bit_fails_the_checksum() -> None:
-    whole = bytearray(encode_frame(memoryview(b"some kv"), True))
+    whole = bytearray(encode_frame([memoryview(b"some kv")], True))
     assert checksum_holds(decode_frame(bytes(whole)))
     whole[4] ^= 1
     assert not checksum_holds(decode_frame(bytes(whole)))
 
 
 def test_a_cut_frame_is_refused() -> None:
-    whole = encode_frame(memoryview(b"some kv"), False)
+    whole = encode_frame([memoryview(b"some kv")], False)
     with pytest.raises(ValueError):
         decode_frame(whole[:-1])

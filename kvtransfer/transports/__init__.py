@@ -1,0 +1,11 @@
+"""How bytes of announced blocks get from the sender's pool into the receiver's: one module for each way.
+
+| module | name | how |
+|---|---|---|
+| `shm` | `shm` | copies out of the sender's mapped pool, once |
+| `stream` | `unix`, `tcp` | the sender writes its pool to a socket, the receiver reads it into its own |
+| `grpc_read` | `grpc` | the `Read` call; always there |
+
+`choice` says which of them two ends use, `base` what they have in common. The receiver calls them
+through `kvtransfer.peers`; the sending half of the sockets is `stream_server`, owned by the service.
+"""

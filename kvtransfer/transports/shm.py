@@ -1,0 +1,98 @@
+"""Copies out of the sender's pool, mapped read-only: one pass over the bytes, in one call.
+
+The generations are compared before and after (with a fence between), so that bytes of a block that
+was reused meanwhile are never taken for the announced ones.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from kvtransfer.errors import TransferError, TransferErrorCode
+from kvtransfer.layout import KVLayout
+from kvtransfer.native import Pieces, Stop, copy_pieces
+from kvtransfer.pool import HostPool
+from kvtransfer.transports.base import Job, landing, run_quarantined
+
+INLINE_COPY_BYTES = 1 << 20
+"""Copies up to this size run on the loop: about 0.1 ms, as long as waking a worker thread takes."""
+STAGED_BYTES = 4 << 20
+"""Bytes that are staged at a time for a device's store (ours)."""
+
+
+class ShmTransport:
+    name = "shm"
+
+    def __init__(self, source: HostPool, workers: ThreadPoolExecutor) -> None:
+        self._source = source
+        self._workers = workers
+
+    async def copy(self, job: Job) -> None:
+        blocks = job.blocks()
+        if not blocks:
+            return
+        if max(blocks) >= self._source.num_blocks:
+            raise TransferError(TransferErrorCode.INTERNAL, "a block outside the sender's pool was announced")
+        expected = [job.generations[block] for block in blocks]
+        stop = Stop()
+
+        def run() -> None:
+            self._verify(blocks, expected, "before")
+            self._copy(job, blocks, stop)
+            self._verify(blocks, expected, "while")
+
+        if job.destination.view(0, 0) is not None and job.size <= INLINE_COPY_BYTES:
+            run()
+            return
+        await run_quarantined(self._workers, run, stop.set)
+
+    async def close(self) -> None:
+        """The mapping is freed with its last reference: a copy may still run."""
+
+    def _verify(self, blocks: list[int], expected: list[int], when: str) -> None:
+        if not self._source.generations_equal(blocks, expected):
+            raise TransferError(
+                TransferErrorCode.GENERATION_MOVED, f"the sender reused blocks {when} they were copied"
+            )
+
+    def _copy(self, job: Job, blocks: list[int], stop: Stop) -> None:
+        store, size = job.destination, job.block_bytes
+        sliced = job.heads[1] > 0
+        target = store.view(0, store.num_blocks)
+        if target is not None:
+            moves = np.array([(move.src, move.dst, move.count) for move in job.moves], np.int64)
+            pieces = head_pieces(moves, self._source.layout, job.heads) if sliced else moves * size
+            copy_pieces(target, self._source.pages, pieces, stop)
+            return
+        step = max(1, STAGED_BYTES // size)
+        done = 0
+        for (staging,) in landing(store, job.moves, step):
+            some = blocks[done : done + step]
+            moves = np.array([(block, at, 1) for at, block in enumerate(some)], np.int64)
+            pieces = head_pieces(moves, self._source.layout, job.heads) if sliced else moves * size
+            copy_pieces(staging, self._source.pages, pieces, stop)
+            done += len(some)
+            if stop.is_set():
+                return
+
+
+def head_pieces(moves: Pieces, source: KVLayout, heads: tuple[int, int]) -> Pieces:
+    """The pieces that bring heads `(first, count)` of whole source blocks into blocks of those heads alone.
+
+    `moves` holds rows of (source block, target block, count). A head slice is contiguous for each layer
+    and each of K and V.
+    """
+    first, count = heads
+    per_head = source.head_bytes
+    groups = source.layers * 2
+    counts = moves[:, 2]
+    at = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # block within its move
+    src = np.repeat(moves[:, 0], counts) + at
+    dst = np.repeat(moves[:, 1], counts) + at
+    group = np.arange(groups)
+    from_offsets = src[:, None] * source.block_bytes + (group * source.kv_heads + first) * per_head
+    to_offsets = (dst[:, None] * groups + group) * count * per_head
+    sizes = np.full_like(from_offsets, count * per_head)
+    return np.stack((from_offsets.ravel(), to_offsets.ravel(), sizes.ravel()), axis=1)
