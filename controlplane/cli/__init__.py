@@ -1,7 +1,8 @@
 """The `deepflow` command: starts and stops a stack on this machine, and talks to any gateway.
 
-Commands live in `stack` (up, down, status, roles), `models`, `jobs`, `chat` and `keys`; `output` holds
-what they share. Heavy imports happen inside commands, so that `deepflow --help` answers at once.
+Commands live in `stack` (up, down, status, roles), `models`, `jobs`, `chat`, `keys`, `calibrate` and
+`simulate`; `output` holds what they share. Heavy imports happen inside commands, so that `deepflow --help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from controlplane.cli import chat, jobs, keys, models, stack
+from controlplane.cli import calibrate, chat, jobs, keys, models, simulate, stack
 from controlplane.cli.output import CliError, fail
 from controlplane.local.errors import AlreadyRunning, NotRunning, StackError
 from controlplane.local.topology import TopologyError
@@ -31,6 +32,8 @@ app.command("up")(stack.up)
 app.command("down")(stack.down)
 app.command("status")(stack.status)
 app.command("chat")(chat.chat)
+app.command("calibrate")(calibrate.calibrate)
+app.command("simulate")(simulate.simulate)
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

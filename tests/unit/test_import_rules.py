@@ -19,6 +19,7 @@ OURS = ("controlplane", "flowserve", "kvtransfer")
 MAY_IMPORT = {
     "controlplane.scheduling": (),
     "controlplane.api": (),
+    "controlplane.twin": ("controlplane.scheduling",),
     "kvtransfer": (),
     "flowserve": ("kvtransfer",),
 }

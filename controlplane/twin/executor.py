@@ -1,0 +1,642 @@
+"""A simulated task executor: the engine's scheduling pass over counted blocks, in simulated time.
+
+Mirrors `flowserve.engine.scheduler` step by step: running decodes move by one token, prefills under way get
+chunks within the step's token and time budget, then admission in order of priority and arrival reserves
+every block of a task; a decode that finds no block takes those of the last in order. KV is counted in
+blocks; prompt prefixes are kept by id and evicted least recently used first, as `flowserve.rtc` does.
+`tests/unit/controlplane/twin` runs the real engine over the same costs and compares.
+
+What makes it fast: as long as nothing but decoding happens, the next change is known (a task's end, a lack of
+blocks, the next load report), and all steps until then are one event. An arrival cuts such a run at the
+next step boundary, as the engine would take the task in there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+from controlplane.scheduling.types import Role
+from controlplane.twin.costs import CostProfile
+
+UNIFIED, PREFILL, DECODE = range(3)
+"""Kinds of tasks."""
+
+DECODE_ROLE_SHARE = 0.5  # flowserve.engine.scheduler
+ROLE_BONUS_SECONDS = 1.0  # EngineConfig.role_bonus_seconds
+ADMISSION_RESERVE = 0.02  # EngineConfig.admission_reserve
+PREFIX_WAIT_SECONDS = 5.0  # EngineConfig.prefix_wait_seconds
+RATE_FADE = 0.8  # flowserve.engine.core
+REPORT_SECONDS = 1.0
+"""Longest time between two load reports of a busy executor (the house plan's bound)."""
+
+Order = tuple[int, float, int]
+
+
+class Task:
+    """A task on a simulated executor. `length` counts prompt and sampled tokens, of which `computed` have
+    KV."""
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached",
+        "computed",
+        "finish_step",
+        "held",
+        "join_step",
+        "kind",
+        "length",
+        "number",
+        "order",
+        "output",
+        "priority",
+        "prompt",
+        "pulling",
+        "request",
+        "source",
+        "units",
+        "wait_since",
+    )
+
+    def __init__(  # noqa: PLR0917  # a request's columns
+        self, request: int, kind: int, prompt: int, output: int, priority: int, units: Sequence[int]
+    ) -> None:
+        self.request = request
+        self.kind = kind
+        self.prompt = prompt
+        self.output = output
+        self.priority = priority
+        self.units = units
+        self.length = prompt + 1 if kind == DECODE else prompt
+        self.computed = 0
+        self.blocks = 0  # of its own, beside those of `held`
+        self.held: list[int] = []  # prefix units it refers to
+        self.cached = 0  # tokens found at first admission
+        self.pulling = kind == DECODE
+        self.source: tuple[SimExecutor, Task] | None = None
+        self.join_step = self.finish_step = 0
+        self.arrival = 0.0
+        self.number = 0
+        self.order: Order = (0, 0.0, 0)
+        self.wait_since = math.inf
+
+
+class Host(Protocol):
+    """What an executor tells the cluster. Times are seconds."""
+
+    def first_token(self, te: SimExecutor, task: Task, now: float) -> None: ...
+    def ended(self, te: SimExecutor, task: Task, now: float) -> None: ...
+    def handover(self, te: SimExecutor, task: Task, now: float) -> None: ...
+    def pull(self, te: SimExecutor, task: Task, skip: int, now: float) -> None: ...
+    def at(self, te: SimExecutor, time: float) -> None:
+        """Call `te.fire` at `time`, instead of whenever was asked for before."""
+        ...
+
+    def reported(self, te: SimExecutor, now: float) -> None: ...
+    def cached(self, te: SimExecutor, stored: Sequence[int], removed: Sequence[int]) -> None: ...
+
+
+class SimExecutor:
+    """One executor. Driven by `submit`, `pulled`, `release` and `fire`."""
+
+    def __init__(
+        self,
+        number: int,
+        role: Role,
+        profile: CostProfile,
+        host: Host,
+        unit_tokens: int,
+        *,
+        caches: bool = True,
+    ) -> None:
+        if unit_tokens % profile.block_tokens:
+            raise ValueError(
+                f"prefix blocks of {unit_tokens} tokens are no multiple of {profile.block_tokens}"
+            )
+        self.number = number
+        self.role = role
+        self.profile = profile
+        self.steps = 0
+        self.version = 0  # of the pending event
+        self.busy = False
+        self.total_blocks = profile.kv_tokens // profile.block_tokens
+        self.free = self.total_blocks  # held by nobody, idle prefixes not counted
+        self.tasks = 0  # waiting and running
+        self.queued = 0  # prompt tokens still to compute
+        self.transfers_in = self.transfers_out = 0
+        self.prefill_rate = self.step_seconds = 0.0
+        self.busy_seconds = self.prefill_seconds = 0.0
+        self.preemptions = 0
+        self.flips = 0
+        self.link_free = 0.0  # when its link has sent what it has been given
+        self._host = host
+        self._bt = profile.block_tokens
+        self._unit = unit_tokens
+        self._unit_blocks = unit_tokens // profile.block_tokens
+        self._caches = caches
+        self._reserve = max(1, int(self.total_blocks * ADMISSION_RESERVE))
+        self._refs: dict[int, int] = {}  # prefix unit -> references
+        self._idle: OrderedDict[int, int] = OrderedDict()  # what is cached and used by nobody -> its blocks
+        self._idle_blocks = 0
+        self._others = -1  # number of the next idle entry that is no prefix unit
+        self._waiting: list[tuple[Order, Task]] = []
+        self._pulls: list[tuple[Order, Task]] = []
+        self._prefilling: list[tuple[Order, Task]] = []
+        self._pulling: set[Task] = set()
+        self._decoding: dict[Task, None] = {}
+        self._ready: list[Task] = []  # pulled, to decode from the next boundary on
+        self._ends: list[tuple[int, int, Task]] = []  # heap by step
+        self._context = 0  # lengths of the decoding tasks
+        self._phases = [0] * self._bt
+        self._numbers = 0
+        self._plan: list[tuple[Task, int]] = []  # chunks of the step under way
+        self._run = 0  # steps until the pending event
+        self._started = 0.0
+        self._until = 0.0
+        self._run_batch = self._run_context = 0
+        self._run_base = 0.0
+        self._gone: list[int] = []  # units evicted since the last report
+        self._bases: dict[int, float] = {}  # batch -> seconds of a decode step but for attention
+
+    # -- what the cluster asks -------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Tasks that hold blocks."""
+        return len(self._prefilling) + len(self._pulling) + len(self._decoding) + len(self._ready)
+
+    @property
+    def decoding(self) -> int:
+        return len(self._decoding)
+
+    @property
+    def context(self) -> int:
+        """Tokens of the decoding tasks at the last event."""
+        return self._context
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + len(self._pulls)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks a new task could have: free, or idle prefixes that would be evicted."""
+        return self.free + self._idle_blocks
+
+    @property
+    def cached_blocks(self) -> int:
+        return self._idle_blocks
+
+    def fits(self, tokens: int) -> bool:
+        return tokens <= self.total_blocks * self._bt and tokens < self.profile.max_model_len
+
+    def matched(self, units: Sequence[int]) -> int:
+        """Tokens of leading units that are cached here."""
+        count = 0
+        for unit in units:
+            if unit not in self._refs:
+                break
+            count += 1
+        return count * self._unit
+
+    # -- calls of the cluster --------------------------------------------------------------------------
+
+    def submit(self, task: Task, now: float) -> None:
+        self._numbers += 1
+        task.number = self._numbers
+        task.arrival = now
+        self.tasks += 1
+        if not task.pulling:
+            self.queued += task.length
+        self._wait(task)
+        self._look(now)
+
+    def pulled(self, task: Task, now: float) -> None:
+        """Its KV is here."""
+        self._pulling.discard(task)
+        self.transfers_in -= 1
+        task.pulling = False
+        task.computed = task.length - 1
+        if self._caches and task.units:
+            stored: list[int] = []
+            self._commit(task, stored)
+            self._host.cached(self, stored, ())
+        self._ready.append(task)
+        self._look(now)
+
+    def release(self, task: Task, now: float) -> None:
+        """The peer has pulled what `task` left behind."""
+        self.transfers_out -= 1
+        self._free(task)
+        self._look(now)
+
+    def set_role(self, role: Role, now: float) -> None:
+        """Takes effect at the next step boundary; nothing running is touched."""
+        if role is self.role:
+            return
+        self.role = role
+        self.flips += 1
+        for group in (self._waiting, self._pulls, self._prefilling):
+            tasks = [task for _, task in group]
+            group.clear()
+            for task in tasks:
+                task.order = self._order(task)
+                insort(group, (task.order, task))
+        self._look(now)
+
+    # -- steps -----------------------------------------------------------------------------------------
+
+    def fire(self, now: float) -> None:
+        """The pending event: takes in the steps that end now and starts the next."""
+        self._finish(now)
+        self._begin(now)
+
+    def _look(self, now: float) -> None:
+        """Something has changed: the engine sees it at its next step boundary."""
+        if not self.busy:
+            self._begin(now)
+        elif self._run > 1:
+            steps = self._boundary(now)
+            if steps < self._run:
+                self._run = steps
+                self._until = max(now, self._started + self._after(steps))
+                self._host.at(self, self._until)
+
+    def _boundary(self, now: float) -> int:
+        """Steps of the run under way until its first boundary at or after `now`."""
+        passed = max(now - self._started, 0.0)
+        half = self.profile.context_seconds * self._run_batch / 2
+        linear = self._run_base + self.profile.context_seconds * self._run_context - half
+        if half > 0:
+            steps = (math.sqrt(linear * linear + 4 * half * passed) - linear) / (2 * half)
+        else:
+            steps = passed / linear
+        return min(max(math.ceil(steps - 1e-9), 1), self._run)
+
+    def _after(self, steps: int) -> float:
+        """Seconds that so many steps of the run take."""
+        attended = self._run_context * steps + self._run_batch * (steps * (steps - 1) // 2)
+        return self._run_base * steps + self.profile.context_seconds * attended
+
+    def _begin(self, now: float) -> None:
+        for task in self._ready:
+            self._join(task)
+        self._ready.clear()
+        lost = bool(self._decoding) and self._make_room()
+        batch, plan = len(self._decoding), self._plan
+        budget = _Budget(self.profile, self.role, batch, self._context)
+        for _, task in self._prefilling:
+            count = budget.chunk(task.computed, task.length - task.computed)
+            if count:
+                plan.append((task, count))
+                budget.take(task.computed, count)
+        if (self._waiting or self._pulls) and not lost:
+            self._admit(now, budget)
+        if batch or plan:
+            self._start(now, batch, budget)
+        self._report(now)
+
+    def _start(self, now: float, batch: int, budget: _Budget) -> None:
+        self.busy = True
+        self._started = now
+        self._run_batch, self._run_context = batch, self._context
+        if self._plan:
+            sampled = batch + sum(task.computed + count >= task.length for task, count in self._plan)
+            self._run = 1
+            self._until = now + self.profile.step(budget.tokens, sampled, budget.pairs, self._context)
+        else:
+            base = self._bases.get(batch)
+            if base is None:
+                base = self._bases[batch] = self.profile.step(batch, batch, 0, 0)
+            self._run_base = base
+            self._run = self._run_length(batch)
+            self._until = now + self._after(self._run)
+        self._host.at(self, self._until)
+
+    def _run_length(self, batch: int) -> int:
+        """Decode steps until something may change: an end, a lack of blocks, the next report."""
+        ends = self._ends
+        while ends[0][2] not in self._decoding or ends[0][2].finish_step != ends[0][0]:
+            heapq.heappop(ends)  # it was preempted
+        step = self._run_base + self.profile.context_seconds * self._run_context
+        steps = max(1, min(ends[0][0] - self.steps, int(REPORT_SECONDS / step)))
+        first, available = self._growth(1, batch), self.free_blocks
+        while steps > 1 and self._growth(steps, batch) - first > available:
+            steps //= 2
+        return steps
+
+    def _growth(self, steps: int, batch: int) -> int:
+        """New blocks of the decoding tasks in the next `steps` steps."""
+        rounds, rest = divmod(steps, self._bt)
+        phases, at = self._phases, 1 - self.steps
+        return rounds * batch + sum([phases[(at - j) % self._bt] for j in range(rest)])
+
+    def _finish(self, now: float) -> None:
+        batch, run = self._run_batch, self._run
+        self.busy = False
+        self.busy_seconds += now - self._started
+        if batch:
+            if run > 1:  # those of the first step were taken before it
+                self._take(self._growth(run, batch) - self._growth(1, batch))
+            self.steps += run
+            self._context += batch * run
+            self.step_seconds = _faded(self.step_seconds, (now - self._started) / run)
+            ends = self._ends
+            while ends and ends[0][0] <= self.steps:
+                step, _, task = heapq.heappop(ends)
+                if task in self._decoding and task.finish_step == step:
+                    self._leave(task)
+                    self._end(task, now)
+        else:
+            self.steps += run
+        if self._plan:
+            self._chunks_done(now)
+
+    def _chunks_done(self, now: float) -> None:
+        plan, self._plan = self._plan, []
+        taken = now - self._started
+        count = sum([tokens for _, tokens in plan])
+        if count > self._run_batch and taken > 0:
+            self.prefill_rate = _faded(self.prefill_rate, count / taken)
+        self.prefill_seconds += taken * count / (count + self._run_batch)
+        stored: list[int] = []
+        for task, tokens in plan:
+            task.computed += tokens
+            self.queued -= tokens
+            if self._caches and task.units:
+                self._commit(task, stored)
+            if task.computed >= task.length:
+                self._prefilling.remove((task.order, task))
+                self._sampled(task, now)
+        if stored:
+            self._host.cached(self, stored, ())
+
+    def _sampled(self, task: Task, now: float) -> None:
+        """A prefill (or recomputation) has its next token."""
+        task.length += 1
+        if task.length == task.prompt + 1:
+            self._host.first_token(self, task, now)
+        if task.length - task.prompt >= task.output:
+            self._end(task, now)
+        elif task.kind == PREFILL:
+            self.transfers_out += 1
+            self.tasks -= 1
+            self._host.handover(self, task, now)
+        else:
+            self._join(task)
+
+    def _end(self, task: Task, now: float) -> None:
+        self._free(task)
+        self.tasks -= 1
+        self._host.ended(self, task, now)
+
+    def _report(self, now: float) -> None:
+        if self._gone:
+            gone, self._gone = self._gone, []
+            self._host.cached(self, (), gone)
+        self._host.reported(self, now)
+
+    # -- decoding tasks ----------------------------------------------------------------------------------
+
+    def _join(self, task: Task) -> None:
+        """From the next step on it decodes."""
+        task.join_step = self.steps
+        task.finish_step = self.steps + task.output - (task.length - task.prompt)
+        self._decoding[task] = None
+        self._context += task.length
+        self._phases[(task.length - self.steps) % self._bt] += 1
+        blocks = -(-(task.length - 1) // self._bt) - len(task.held) * self._unit_blocks
+        self.free += task.blocks - blocks  # its step takes the next block, if it needs one
+        task.blocks = blocks
+        heapq.heappush(self._ends, (task.finish_step, task.number, task))
+
+    def _leave(self, task: Task) -> None:
+        """Brings its counts up to the present step and takes it out of the batch."""
+        del self._decoding[task]
+        self._phases[(task.length - task.join_step) % self._bt] -= 1
+        task.length += self.steps - task.join_step
+        self._context -= task.length
+        task.blocks = -(-(task.length - 1) // self._bt) - len(task.held) * self._unit_blocks
+
+    def _make_room(self) -> bool:
+        """Takes the blocks of the next step's tokens, those of the last in order first. True: somebody lost
+        his."""
+        lost = False
+        while True:
+            need = self._phases[(1 - self.steps) % self._bt]
+            if need <= self.free_blocks:
+                self._take(need)
+                return lost
+            lost = True
+            self._preempt(max([*self._decoding, *self._may_lose()], key=lambda task: task.order))
+
+    def _may_lose(self) -> list[Task]:
+        """Prefills under way whose KV no peer waits for."""
+        return [task for _, task in self._prefilling if task.kind != PREFILL]
+
+    def _preempt(self, task: Task) -> None:
+        self.preemptions += 1
+        if task in self._decoding:
+            self._leave(task)
+        else:
+            self._prefilling.remove((task.order, task))
+            self.queued -= task.length - task.computed
+        self._free(task)
+        task.computed = 0
+        task.wait_since = math.inf
+        self.queued += task.length
+        self._wait(task)
+
+    # -- admission ---------------------------------------------------------------------------------------
+
+    def _order(self, task: Task) -> Order:
+        preferred = (self.role is Role.PREFILL and task.kind == PREFILL) or (
+            self.role is Role.DECODE and task.kind == DECODE
+        )
+        return (-task.priority, task.arrival - (ROLE_BONUS_SECONDS if preferred else 0.0), task.number)
+
+    def _wait(self, task: Task) -> None:
+        task.order = self._order(task)
+        insort(self._pulls if task.pulling else self._waiting, (task.order, task))
+
+    def _admit(self, now: float, budget: _Budget) -> None:
+        waiting, pulls = self._waiting, self._pulls
+        coming = self._coming()
+        at, open_ = 0, True
+        while self.running < self.profile.max_running:
+            order, task = waiting[at] if open_ and at < len(waiting) else _NOBODY
+            if pulls and pulls[0][0] < order:
+                task = pulls[0][1]
+                skip = self._match(task, task.length - 1)
+                if not self._hold(task, skip):
+                    return
+                pulls.pop(0)
+                self._pulling.add(task)
+                self.transfers_in += 1
+                self._host.pull(self, task, skip * self._unit, now)
+                continue
+            if task is None:
+                return
+            match = self._match(task, task.length - 1)
+            if coming and self._waits_for_prefix(task, match, coming, now):
+                at += 1
+                continue
+            start = match * self._unit
+            count = budget.chunk(start, task.length - start)
+            if not count:
+                open_ = False  # no time left in this step; pulls cost none
+                continue
+            if not self._hold(task, match):
+                return  # blocks go to the first in order, or a long prompt would starve
+            waiting.pop(at)
+            task.computed = start
+            self.queued -= start
+            if task.length == task.prompt:
+                task.cached = start
+            insort(self._prefilling, (task.order, task))
+            self._plan.append((task, count))
+            budget.take(start, count)
+            coming.update(task.units[match:])
+
+    def _match(self, task: Task, usable: int) -> int:
+        """Leading units of the task that are cached, within its first `usable` tokens."""
+        if not self._refs or not task.units:
+            return 0
+        most, refs = usable // self._unit, self._refs
+        count = 0
+        for unit in task.units:
+            if count >= most or unit not in refs:
+                break
+            count += 1
+        return count
+
+    def _hold(self, task: Task, match: int) -> bool:
+        """Reserves all blocks of its tokens, the first `match` units shared. False: not now."""
+        held = list(task.units[:match])
+        refs, idle = self._refs, self._idle
+        blocks = -(-task.length // self._bt) - match * self._unit_blocks
+        woken = sum([refs[unit] == 0 for unit in held]) * self._unit_blocks
+        reserve = self._reserve if self.running else 0
+        if blocks + reserve > self.free_blocks - woken:
+            return False
+        for unit in held:
+            if refs[unit] == 0:
+                self._idle_blocks -= idle.pop(unit)
+            refs[unit] += 1
+        self._take(blocks)
+        task.held, task.blocks = held, blocks
+        return True
+
+    def _coming(self) -> set[int]:
+        """Prefix units that prefills under way will have computed soon."""
+        coming: set[int] = set()
+        if self._caches:
+            for _, task in self._prefilling:
+                coming.update(task.units[task.computed // self._unit :])
+        return coming
+
+    @staticmethod
+    def _waits_for_prefix(task: Task, match: int, coming: set[int], now: float) -> bool:
+        if match >= len(task.units) or task.units[match] not in coming:
+            return False
+        task.wait_since = min(task.wait_since, now)
+        return now - task.wait_since < PREFIX_WAIT_SECONDS
+
+    # -- blocks ------------------------------------------------------------------------------------------
+
+    def _take(self, blocks: int) -> None:
+        while blocks > self.free:
+            unit, count = self._idle.popitem(last=False)
+            self._idle_blocks -= count
+            self.free += count
+            if unit >= 0:
+                del self._refs[unit]
+                self._gone.append(unit)
+        self.free -= blocks
+
+    def _free(self, task: Task) -> None:
+        """Its full blocks stay cached, the end of the sequence first to go; units alone can be found
+        again."""
+        full = 0
+        if self._caches:
+            full = max(
+                0, min(task.blocks, (task.length - 1) // self._bt - len(task.held) * self._unit_blocks)
+            )
+        if full:
+            self._idle[self._others] = full
+            self._others -= 1
+            self._idle_blocks += full
+        self.free += task.blocks - full
+        task.blocks = 0
+        for unit in reversed(task.held):
+            self._refs[unit] -= 1
+            if self._refs[unit] == 0:
+                self._idle[unit] = self._unit_blocks
+                self._idle_blocks += self._unit_blocks
+        task.held = []
+
+    def _commit(self, task: Task, stored: list[int]) -> None:
+        """Full computed units can be shared from now on. One that another task committed first stays
+        private."""
+        full = min(task.computed // self._unit, len(task.units))
+        if len(task.held) < full and task.held == list(task.units[: len(task.held)]):
+            for unit in task.units[len(task.held) : full]:
+                if unit in self._refs:
+                    break
+                self._refs[unit] = 1
+                task.held.append(unit)
+                task.blocks -= self._unit_blocks
+                stored.append(unit)
+
+
+_NOBODY: tuple[Order, Task | None] = ((1 << 62, math.inf, 1 << 62), None)
+
+
+class _Budget:
+    """What is left of one step, as `flowserve.engine.budget.StepBudget` counts it."""
+
+    __slots__ = ("_context", "_least", "_limit", "_prefills", "_profile", "_seconds", "pairs", "tokens")
+
+    def __init__(self, profile: CostProfile, role: Role, batch: int, context: int) -> None:
+        self._profile = profile
+        self._seconds = profile.chunk_seconds * (DECODE_ROLE_SHARE if role is Role.DECODE else 1.0)
+        self._limit = profile.max_batch_tokens
+        self._least = profile.block_tokens
+        self._context = context
+        self._prefills = 0
+        self.tokens = batch
+        self.pairs = 0
+
+    def chunk(self, start: int, remaining: int) -> int:
+        """Tokens a prefill at position `start` may run in this step; 0 = none."""
+        profile = self._profile
+        room = min(remaining, self._limit - self.tokens)
+        if room <= 0:
+            return 0
+        base = profile.step(max(self.tokens, 1), self.tokens, self.pairs, self._context)
+        left = self._seconds - base
+        count = 0
+        if left > 0:
+            slope = profile.slope + profile.pair_seconds * (start + 0.5)
+            count = int(2 * left / (slope + math.sqrt(slope * slope + 2 * profile.pair_seconds * left)))
+        if self._prefills == 0:
+            count = max(count, self._least)
+        count = min(room, count)
+        if count < remaining:
+            aligned = count - (start + count) % self._least
+            count = aligned if aligned > 0 else count
+        return count
+
+    def take(self, start: int, count: int) -> None:
+        self.tokens += count
+        self.pairs += count * start + count * (count + 1) // 2
+        self._prefills += count > 1
+
+
+def _faded(old: float, new: float) -> float:
+    return new if old == 0.0 else RATE_FADE * old + (1 - RATE_FADE) * new

@@ -1,0 +1,118 @@
+"""Named policies, capacity, and runs side by side: what the command and the benches share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from controlplane.scheduling.types import Role
+from controlplane.twin.baselines import (
+    Conditional,
+    LeastRequests,
+    PowerOfTwo,
+    PrefixAffinity,
+    RoundRobin,
+    StaticSplit,
+    split_roles,
+)
+from controlplane.twin.cluster import Cluster, Placing
+from controlplane.twin.costs import CostProfile
+from controlplane.twin.ours import Ours
+from controlplane.twin.results import Slo, Summary, summarize
+from controlplane.twin.workload import Workload
+
+OURS = "deepflow"
+COLOCATED = ("round-robin", "least-requests", "power-of-two", "prefix-affinity")
+SPLIT = ("static-split", "conditional-2048-0.7")
+POLICIES = (OURS, *COLOCATED, *SPLIT)
+
+_MAKERS: dict[str, Callable[[int], Placing]] = {
+    OURS: lambda seed: Ours(seed=seed),
+    "round-robin": RoundRobin,
+    "least-requests": LeastRequests,
+    "power-of-two": PowerOfTwo,
+    "prefix-affinity": PrefixAffinity,
+    "static-split": StaticSplit,
+    "conditional-2048-0.7": Conditional,
+}
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Prefill shares that a static split is tried with (ours: eighths, the finest that 16 executors tell apart
+well)."""
+
+
+class UnknownPolicy(ValueError):
+    """No policy of that name; says which there are."""
+
+
+def make_policy(name: str, seed: int) -> Placing:
+    try:
+        return _MAKERS[name](seed)
+    except KeyError:
+        raise UnknownPolicy(f"unknown policy {name!r}; there are {', '.join(POLICIES)}") from None
+
+
+def roles_for(policy: str, executors: int, prefill_share: float | None) -> list[Role]:
+    """Fixed roles of a split (its share rounded, each side at least one), else all colocated."""
+    if policy in SPLIT or (policy == OURS and prefill_share is not None):
+        share = 0.5 if prefill_share is None else prefill_share
+        return split_roles(executors, min(executors - 1, max(1, round(executors * share))))
+    return [Role.COLOCATED] * executors
+
+
+def simulate(
+    load: Workload,
+    profile: CostProfile,
+    policy: str,
+    executors: int,
+    *,
+    seed: int = 0,
+    prefill_share: float | None = None,
+    horizon: float = float("inf"),
+    progress: Callable[[int, int], None] | None = None,
+) -> Cluster:
+    """One run to its end (or `horizon`, simulated seconds). Raises UnknownPolicy, ValueError for impossible
+    roles."""
+    roles = roles_for(policy, executors, prefill_share)
+    cluster = Cluster(load, roles, profile, make_policy(policy, seed), horizon=horizon)
+    cluster.run(progress)
+    return cluster
+
+
+def capacity(load: Workload, profile: CostProfile, executors: int, *, seed: int = 0) -> float:
+    """Requests per second that `executors` colocated executors complete while they are never idle.
+
+    All requests arrive within a tenth of the time that the busiest resource needs for them; the middle of the
+    completions (from a fifth to four fifths) gives the rate, so that filling and emptying do not count.
+    """
+    tokens = float((load.prompt + load.output).mean())
+    burst = executors / (tokens * profile.slope) * 10
+    cluster = simulate(load.at_rate(burst), profile, "least-requests", executors, seed=seed)
+    ends = np.sort(cluster.ended_at[~np.isnan(cluster.ended_at)])
+    low, high = ends[len(ends) // 5], ends[len(ends) * 4 // 5]
+    return float((len(ends) * 4 // 5 - len(ends) // 5) / max(high - low, 1e-9))
+
+
+def best_share(
+    load: Workload,
+    profile: CostProfile,
+    policy: str,
+    executors: int,
+    slo: Slo,
+    *,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+) -> tuple[float, Summary]:
+    """The prefill share of a static split with the most goodput (then the shortest mean TTFT), and its
+    figures."""
+    tried: list[tuple[float, float, float, Summary]] = []
+    seen: set[int] = set()
+    for share in shares:
+        count = roles_for(policy, executors, share).count(Role.PREFILL)
+        if count in seen:
+            continue
+        seen.add(count)
+        summary = summarize(simulate(load, profile, policy, executors, seed=seed, prefill_share=share), slo)
+        tried.append((summary.goodput, -summary.ttft_mean, share, summary))
+    best = max(tried, key=lambda entry: entry[:2])
+    return best[2], best[3]
