@@ -12,6 +12,7 @@ index and role control are those of `controlplane.scheduling` itself (DeepServe 
 | costs      | the cost profile of an executor, its fit and its file                     |
 | measure    | which steps a calibration measures                                        |
 | executor   | one simulated executor                                                    |
+| task, pool | its tasks and step budget; its KV blocks                                  |
 | cluster    | the event loop, hand-overs, what is held and dropped                      |
 | ours       | the real policy as a gateway runs it                                      |
 | baselines  | what others do                                                            |

@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 
 from controlplane.scheduling.types import Role
 from controlplane.twin.cluster import Cluster, Place
-from controlplane.twin.executor import SimExecutor, Task
+from controlplane.twin.executor import SimExecutor
+from controlplane.twin.task import Task
 
 LOAD_BOUND = 1.25
 """Load over mean up to which affinity is followed (the usual constant of consistent hashing with bounded

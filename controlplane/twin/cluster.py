@@ -18,7 +18,8 @@ import numpy as np
 
 from controlplane.scheduling.types import Role
 from controlplane.twin.costs import CostProfile
-from controlplane.twin.executor import DECODE, PREFILL, UNIFIED, SimExecutor, Task
+from controlplane.twin.executor import SimExecutor
+from controlplane.twin.task import DECODE, PREFILL, UNIFIED, Task
 from controlplane.twin.workload import Workload
 
 HOLD_SECONDS = 30.0

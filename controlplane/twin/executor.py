@@ -16,74 +16,20 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
 from controlplane.scheduling.types import Role
 from controlplane.twin.costs import CostProfile
+from controlplane.twin.pool import Pool
+from controlplane.twin.task import DECODE, PREFILL, Budget, Order, Task
 
-UNIFIED, PREFILL, DECODE = range(3)
-"""Kinds of tasks."""
-
-DECODE_ROLE_SHARE = 0.5  # flowserve.engine.scheduler
 ROLE_BONUS_SECONDS = 1.0  # EngineConfig.role_bonus_seconds
 ADMISSION_RESERVE = 0.02  # EngineConfig.admission_reserve
 PREFIX_WAIT_SECONDS = 5.0  # EngineConfig.prefix_wait_seconds
 RATE_FADE = 0.8  # flowserve.engine.core
 REPORT_SECONDS = 1.0
 """Longest time between two load reports of a busy executor (the house plan's bound)."""
-
-Order = tuple[int, float, int]
-
-
-class Task:
-    """A task on a simulated executor. `length` counts prompt and sampled tokens, of which `computed` have
-    KV."""
-
-    __slots__ = (
-        "arrival",
-        "blocks",
-        "cached",
-        "computed",
-        "finish_step",
-        "held",
-        "join_step",
-        "kind",
-        "length",
-        "number",
-        "order",
-        "output",
-        "priority",
-        "prompt",
-        "pulling",
-        "request",
-        "source",
-        "units",
-        "wait_since",
-    )
-
-    def __init__(  # noqa: PLR0917  # a request's columns
-        self, request: int, kind: int, prompt: int, output: int, priority: int, units: Sequence[int]
-    ) -> None:
-        self.request = request
-        self.kind = kind
-        self.prompt = prompt
-        self.output = output
-        self.priority = priority
-        self.units = units
-        self.length = prompt + 1 if kind == DECODE else prompt
-        self.computed = 0
-        self.blocks = 0  # of its own, beside those of `held`
-        self.held: list[int] = []  # prefix units it refers to
-        self.cached = 0  # tokens found at first admission
-        self.pulling = kind == DECODE
-        self.source: tuple[SimExecutor, Task] | None = None
-        self.join_step = self.finish_step = 0
-        self.arrival = 0.0
-        self.number = 0
-        self.order: Order = (0, 0.0, 0)
-        self.wait_since = math.inf
 
 
 class Host(Protocol):
@@ -114,18 +60,13 @@ class SimExecutor:
         *,
         caches: bool = True,
     ) -> None:
-        if unit_tokens % profile.block_tokens:
-            raise ValueError(
-                f"prefix blocks of {unit_tokens} tokens are no multiple of {profile.block_tokens}"
-            )
         self.number = number
         self.role = role
         self.profile = profile
         self.steps = 0
         self.version = 0  # of the pending event
         self.busy = False
-        self.total_blocks = profile.kv_tokens // profile.block_tokens
-        self.free = self.total_blocks  # held by nobody, idle prefixes not counted
+        self._pool = Pool(profile.kv_tokens, profile.block_tokens, unit_tokens, caches=caches)
         self.tasks = 0  # waiting and running
         self.queued = 0  # prompt tokens still to compute
         self.transfers_in = self.transfers_out = 0
@@ -137,13 +78,8 @@ class SimExecutor:
         self._host = host
         self._bt = profile.block_tokens
         self._unit = unit_tokens
-        self._unit_blocks = unit_tokens // profile.block_tokens
         self._caches = caches
-        self._reserve = max(1, int(self.total_blocks * ADMISSION_RESERVE))
-        self._refs: dict[int, int] = {}  # prefix unit -> references
-        self._idle: OrderedDict[int, int] = OrderedDict()  # what is cached and used by nobody -> its blocks
-        self._idle_blocks = 0
-        self._others = -1  # number of the next idle entry that is no prefix unit
+        self._reserve = max(1, int(self._pool.total * ADMISSION_RESERVE))
         self._waiting: list[tuple[Order, Task]] = []
         self._pulls: list[tuple[Order, Task]] = []
         self._prefilling: list[tuple[Order, Task]] = []
@@ -160,7 +96,6 @@ class SimExecutor:
         self._until = 0.0
         self._run_batch = self._run_context = 0
         self._run_base = 0.0
-        self._gone: list[int] = []  # units evicted since the last report
         self._bases: dict[int, float] = {}  # batch -> seconds of a decode step but for attention
 
     # -- what the cluster asks -------------------------------------------------------------------------
@@ -184,25 +119,24 @@ class SimExecutor:
         return len(self._waiting) + len(self._pulls)
 
     @property
+    def total_blocks(self) -> int:
+        return self._pool.total
+
+    @property
     def free_blocks(self) -> int:
         """Blocks a new task could have: free, or idle prefixes that would be evicted."""
-        return self.free + self._idle_blocks
+        return self._pool.available
 
     @property
     def cached_blocks(self) -> int:
-        return self._idle_blocks
+        return self._pool.idle_blocks
 
     def fits(self, tokens: int) -> bool:
         return tokens <= self.total_blocks * self._bt and tokens < self.profile.max_model_len
 
     def matched(self, units: Sequence[int]) -> int:
         """Tokens of leading units that are cached here."""
-        count = 0
-        for unit in units:
-            if unit not in self._refs:
-                break
-            count += 1
-        return count * self._unit
+        return self._pool.match(units, len(units)) * self._unit
 
     # -- calls of the cluster --------------------------------------------------------------------------
 
@@ -223,16 +157,14 @@ class SimExecutor:
         task.pulling = False
         task.computed = task.length - 1
         if self._caches and task.units:
-            stored: list[int] = []
-            self._commit(task, stored)
-            self._host.cached(self, stored, ())
+            self._host.cached(self, self._pool.commit(task), ())
         self._ready.append(task)
         self._look(now)
 
     def release(self, task: Task, now: float) -> None:
         """The peer has pulled what `task` left behind."""
         self.transfers_out -= 1
-        self._free(task)
+        self._pool.release(task)
         self._look(now)
 
     def set_role(self, role: Role, now: float) -> None:
@@ -289,7 +221,7 @@ class SimExecutor:
         self._ready.clear()
         lost = bool(self._decoding) and self._make_room()
         batch, plan = len(self._decoding), self._plan
-        budget = _Budget(self.profile, self.role, batch, self._context)
+        budget = Budget(self.profile, self.role, batch, self._context)
         for _, task in self._prefilling:
             count = budget.chunk(task.computed, task.length - task.computed)
             if count:
@@ -301,7 +233,7 @@ class SimExecutor:
             self._start(now, batch, budget)
         self._report(now)
 
-    def _start(self, now: float, batch: int, budget: _Budget) -> None:
+    def _start(self, now: float, batch: int, budget: Budget) -> None:
         self.busy = True
         self._started = now
         self._run_batch, self._run_context = batch, self._context
@@ -325,7 +257,7 @@ class SimExecutor:
             heapq.heappop(ends)  # it was preempted
         step = self._run_base + self.profile.context_seconds * self._run_context
         steps = max(1, min(ends[0][0] - self.steps, int(REPORT_SECONDS / step)))
-        first, available = self._growth(1, batch), self.free_blocks
+        first, available = self._growth(1, batch), self._pool.available
         while steps > 1 and self._growth(steps, batch) - first > available:
             steps //= 2
         return steps
@@ -342,7 +274,7 @@ class SimExecutor:
         self.busy_seconds += now - self._started
         if batch:
             if run > 1:  # those of the first step were taken before it
-                self._take(self._growth(run, batch) - self._growth(1, batch))
+                self._pool.take(self._growth(run, batch) - self._growth(1, batch))
             self.steps += run
             self._context += batch * run
             self.step_seconds = _faded(self.step_seconds, (now - self._started) / run)
@@ -369,7 +301,7 @@ class SimExecutor:
             task.computed += tokens
             self.queued -= tokens
             if self._caches and task.units:
-                self._commit(task, stored)
+                stored += self._pool.commit(task)
             if task.computed >= task.length:
                 self._prefilling.remove((task.order, task))
                 self._sampled(task, now)
@@ -391,13 +323,13 @@ class SimExecutor:
             self._join(task)
 
     def _end(self, task: Task, now: float) -> None:
-        self._free(task)
+        self._pool.release(task)
         self.tasks -= 1
         self._host.ended(self, task, now)
 
     def _report(self, now: float) -> None:
-        if self._gone:
-            gone, self._gone = self._gone, []
+        if self._pool.gone:
+            gone, self._pool.gone = self._pool.gone, []
             self._host.cached(self, (), gone)
         self._host.reported(self, now)
 
@@ -410,9 +342,7 @@ class SimExecutor:
         self._decoding[task] = None
         self._context += task.length
         self._phases[(task.length - self.steps) % self._bt] += 1
-        blocks = -(-(task.length - 1) // self._bt) - len(task.held) * self._unit_blocks
-        self.free += task.blocks - blocks  # its step takes the next block, if it needs one
-        task.blocks = blocks
+        self._pool.resize(task, task.length - 1)  # its step takes the next block, if it needs one
         heapq.heappush(self._ends, (task.finish_step, task.number, task))
 
     def _leave(self, task: Task) -> None:
@@ -421,7 +351,7 @@ class SimExecutor:
         self._phases[(task.length - task.join_step) % self._bt] -= 1
         task.length += self.steps - task.join_step
         self._context -= task.length
-        task.blocks = -(-(task.length - 1) // self._bt) - len(task.held) * self._unit_blocks
+        task.blocks = self._pool.own_blocks(task, task.length - 1)  # taken by the steps already
 
     def _make_room(self) -> bool:
         """Takes the blocks of the next step's tokens, those of the last in order first. True: somebody lost
@@ -429,8 +359,8 @@ class SimExecutor:
         lost = False
         while True:
             need = self._phases[(1 - self.steps) % self._bt]
-            if need <= self.free_blocks:
-                self._take(need)
+            if need <= self._pool.available:
+                self._pool.take(need)
                 return lost
             lost = True
             self._preempt(max([*self._decoding, *self._may_lose()], key=lambda task: task.order))
@@ -446,7 +376,7 @@ class SimExecutor:
         else:
             self._prefilling.remove((task.order, task))
             self.queued -= task.length - task.computed
-        self._free(task)
+        self._pool.release(task)
         task.computed = 0
         task.wait_since = math.inf
         self.queued += task.length
@@ -464,7 +394,7 @@ class SimExecutor:
         task.order = self._order(task)
         insort(self._pulls if task.pulling else self._waiting, (task.order, task))
 
-    def _admit(self, now: float, budget: _Budget) -> None:
+    def _admit(self, now: float, budget: Budget) -> None:
         waiting, pulls = self._waiting, self._pulls
         coming = self._coming()
         at, open_ = 0, True
@@ -472,8 +402,8 @@ class SimExecutor:
             order, task = waiting[at] if open_ and at < len(waiting) else _NOBODY
             if pulls and pulls[0][0] < order:
                 task = pulls[0][1]
-                skip = self._match(task, task.length - 1)
-                if not self._hold(task, skip):
+                skip = self._pool.match(task.units, (task.length - 1) // self._unit)
+                if not self._pool.hold(task, skip, self._reserve if self.running else 0):
                     return
                 pulls.pop(0)
                 self._pulling.add(task)
@@ -482,7 +412,7 @@ class SimExecutor:
                 continue
             if task is None:
                 return
-            match = self._match(task, task.length - 1)
+            match = self._pool.match(task.units, (task.length - 1) // self._unit)
             if coming and self._waits_for_prefix(task, match, coming, now):
                 at += 1
                 continue
@@ -491,7 +421,7 @@ class SimExecutor:
             if not count:
                 open_ = False  # no time left in this step; pulls cost none
                 continue
-            if not self._hold(task, match):
+            if not self._pool.hold(task, match, self._reserve if self.running else 0):
                 return  # blocks go to the first in order, or a long prompt would starve
             waiting.pop(at)
             task.computed = start
@@ -502,35 +432,6 @@ class SimExecutor:
             self._plan.append((task, count))
             budget.take(start, count)
             coming.update(task.units[match:])
-
-    def _match(self, task: Task, usable: int) -> int:
-        """Leading units of the task that are cached, within its first `usable` tokens."""
-        if not self._refs or not task.units:
-            return 0
-        most, refs = usable // self._unit, self._refs
-        count = 0
-        for unit in task.units:
-            if count >= most or unit not in refs:
-                break
-            count += 1
-        return count
-
-    def _hold(self, task: Task, match: int) -> bool:
-        """Reserves all blocks of its tokens, the first `match` units shared. False: not now."""
-        held = list(task.units[:match])
-        refs, idle = self._refs, self._idle
-        blocks = -(-task.length // self._bt) - match * self._unit_blocks
-        woken = sum([refs[unit] == 0 for unit in held]) * self._unit_blocks
-        reserve = self._reserve if self.running else 0
-        if blocks + reserve > self.free_blocks - woken:
-            return False
-        for unit in held:
-            if refs[unit] == 0:
-                self._idle_blocks -= idle.pop(unit)
-            refs[unit] += 1
-        self._take(blocks)
-        task.held, task.blocks = held, blocks
-        return True
 
     def _coming(self) -> set[int]:
         """Prefix units that prefills under way will have computed soon."""
@@ -547,95 +448,8 @@ class SimExecutor:
         task.wait_since = min(task.wait_since, now)
         return now - task.wait_since < PREFIX_WAIT_SECONDS
 
-    # -- blocks ------------------------------------------------------------------------------------------
-
-    def _take(self, blocks: int) -> None:
-        while blocks > self.free:
-            unit, count = self._idle.popitem(last=False)
-            self._idle_blocks -= count
-            self.free += count
-            if unit >= 0:
-                del self._refs[unit]
-                self._gone.append(unit)
-        self.free -= blocks
-
-    def _free(self, task: Task) -> None:
-        """Its full blocks stay cached, the end of the sequence first to go; units alone can be found
-        again."""
-        full = 0
-        if self._caches:
-            full = max(
-                0, min(task.blocks, (task.length - 1) // self._bt - len(task.held) * self._unit_blocks)
-            )
-        if full:
-            self._idle[self._others] = full
-            self._others -= 1
-            self._idle_blocks += full
-        self.free += task.blocks - full
-        task.blocks = 0
-        for unit in reversed(task.held):
-            self._refs[unit] -= 1
-            if self._refs[unit] == 0:
-                self._idle[unit] = self._unit_blocks
-                self._idle_blocks += self._unit_blocks
-        task.held = []
-
-    def _commit(self, task: Task, stored: list[int]) -> None:
-        """Full computed units can be shared from now on. One that another task committed first stays
-        private."""
-        full = min(task.computed // self._unit, len(task.units))
-        if len(task.held) < full and task.held == list(task.units[: len(task.held)]):
-            for unit in task.units[len(task.held) : full]:
-                if unit in self._refs:
-                    break
-                self._refs[unit] = 1
-                task.held.append(unit)
-                task.blocks -= self._unit_blocks
-                stored.append(unit)
-
 
 _NOBODY: tuple[Order, Task | None] = ((1 << 62, math.inf, 1 << 62), None)
-
-
-class _Budget:
-    """What is left of one step, as `flowserve.engine.budget.StepBudget` counts it."""
-
-    __slots__ = ("_context", "_least", "_limit", "_prefills", "_profile", "_seconds", "pairs", "tokens")
-
-    def __init__(self, profile: CostProfile, role: Role, batch: int, context: int) -> None:
-        self._profile = profile
-        self._seconds = profile.chunk_seconds * (DECODE_ROLE_SHARE if role is Role.DECODE else 1.0)
-        self._limit = profile.max_batch_tokens
-        self._least = profile.block_tokens
-        self._context = context
-        self._prefills = 0
-        self.tokens = batch
-        self.pairs = 0
-
-    def chunk(self, start: int, remaining: int) -> int:
-        """Tokens a prefill at position `start` may run in this step; 0 = none."""
-        profile = self._profile
-        room = min(remaining, self._limit - self.tokens)
-        if room <= 0:
-            return 0
-        base = profile.step(max(self.tokens, 1), self.tokens, self.pairs, self._context)
-        left = self._seconds - base
-        count = 0
-        if left > 0:
-            slope = profile.slope + profile.pair_seconds * (start + 0.5)
-            count = int(2 * left / (slope + math.sqrt(slope * slope + 2 * profile.pair_seconds * left)))
-        if self._prefills == 0:
-            count = max(count, self._least)
-        count = min(room, count)
-        if count < remaining:
-            aligned = count - (start + count) % self._least
-            count = aligned if aligned > 0 else count
-        return count
-
-    def take(self, start: int, count: int) -> None:
-        self.tokens += count
-        self.pairs += count * start + count * (count + 1) // 2
-        self._prefills += count > 1
 
 
 def _faded(old: float, new: float) -> float:

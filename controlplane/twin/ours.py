@@ -22,7 +22,8 @@ from controlplane.scheduling.types import (
     Unplaceable,
 )
 from controlplane.twin.cluster import Cluster, Place
-from controlplane.twin.executor import SimExecutor, Task
+from controlplane.twin.executor import SimExecutor
+from controlplane.twin.task import Task
 
 REVISION = "twin"
 MAX_TASKS = 256  # EngineConfig.max_tasks
