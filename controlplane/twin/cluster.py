@@ -99,9 +99,10 @@ class Cluster:
         self.profile = profiles[0]
         self.now = 0.0
         caches = bool(len(workload.units))
+        tables = {id(each): each.table() for each in profiles}
         self.tes = [
-            SimExecutor(number, role, profiles[number], self, workload.unit_tokens, caches=caches)
-            for number, role in enumerate(roles)
+            SimExecutor(number, role, each, self, workload.unit_tokens, table=tables[id(each)], caches=caches)
+            for number, (role, each) in enumerate(zip(roles, profiles, strict=True))
         ]
         self.inflight = [0] * len(roles)  # tasks submitted and not ended, per executor
         self.pending_tokens = [0] * len(roles)  # uncached prompt tokens submitted and not begun to decode

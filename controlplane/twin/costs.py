@@ -96,6 +96,10 @@ class CostProfile:
             + context * self.context_seconds
         )
 
+    def table(self) -> list[float]:
+        """`curve` of every batch up to `max_batch_tokens`, an empty one as one token, for loops."""
+        return [self.curve(max(tokens, 1)) for tokens in range(self.max_batch_tokens + 1)]
+
     def prefill_seconds(self, tokens: int, start: int = 0) -> float:
         """A prompt's uncached part alone on an executor, in full chunks."""
         seconds = self.sample_seconds

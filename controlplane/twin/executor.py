@@ -58,8 +58,10 @@ class SimExecutor:
         host: Host,
         unit_tokens: int,
         *,
+        table: list[float] | None = None,
         caches: bool = True,
     ) -> None:
+        """`table`: `profile.table()`, where many executors share it."""
         self.number = number
         self.role = role
         self.profile = profile
@@ -79,6 +81,8 @@ class SimExecutor:
         self._bt = profile.block_tokens
         self._unit = unit_tokens
         self._caches = caches
+        self._table = table or profile.table()
+        self._slope = profile.slope
         self._reserve = max(1, int(self._pool.total * ADMISSION_RESERVE))
         self._waiting: list[tuple[Order, Task]] = []
         self._pulls: list[tuple[Order, Task]] = []
@@ -96,7 +100,6 @@ class SimExecutor:
         self._until = 0.0
         self._run_batch = self._run_context = 0
         self._run_base = 0.0
-        self._bases: dict[int, float] = {}  # batch -> seconds of a decode step but for attention
 
     # -- what the cluster asks -------------------------------------------------------------------------
 
@@ -221,7 +224,7 @@ class SimExecutor:
         self._ready.clear()
         lost = bool(self._decoding) and self._make_room()
         batch, plan = len(self._decoding), self._plan
-        budget = Budget(self.profile, self.role, batch, self._context)
+        budget = Budget(self.profile, self._table, self._slope, self.role, batch, self._context)
         for _, task in self._prefilling:
             count = budget.chunk(task.computed, task.length - task.computed)
             if count:
@@ -240,12 +243,15 @@ class SimExecutor:
         if self._plan:
             sampled = batch + sum(task.computed + count >= task.length for task, count in self._plan)
             self._run = 1
-            self._until = now + self.profile.step(budget.tokens, sampled, budget.pairs, self._context)
+            profile = self.profile
+            self._until = now + (
+                self._table[budget.tokens]
+                + sampled * profile.sample_seconds
+                + budget.pairs * profile.pair_seconds
+                + self._context * profile.context_seconds
+            )
         else:
-            base = self._bases.get(batch)
-            if base is None:
-                base = self._bases[batch] = self.profile.step(batch, batch, 0, 0)
-            self._run_base = base
+            self._run_base = self._table[batch] + batch * self.profile.sample_seconds
             self._run = self._run_length(batch)
             self._until = now + self._after(self._run)
         self._host.at(self, self._until)

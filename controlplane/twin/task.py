@@ -73,30 +73,43 @@ class Task:
 class Budget:
     """What is left of one step, as `flowserve.engine.budget.StepBudget` counts it."""
 
-    __slots__ = ("_context", "_least", "_limit", "_prefills", "_profile", "_seconds", "pairs", "tokens")
+    __slots__ = (
+        "_least",
+        "_limit",
+        "_prefills",
+        "_profile",
+        "_seconds",
+        "_slope",
+        "_table",
+        "pairs",
+        "tokens",
+    )
 
-    def __init__(self, profile: CostProfile, role: Role, batch: int, context: int) -> None:
+    def __init__(  # noqa: PLR0917  # what a step starts from
+        self, profile: CostProfile, table: list[float], slope: float, role: Role, batch: int, context: int
+    ) -> None:
         self._profile = profile
+        self._table = table
+        self._slope = slope
         self._seconds = profile.chunk_seconds * (DECODE_ROLE_SHARE if role is Role.DECODE else 1.0)
         self._limit = profile.max_batch_tokens
         self._least = profile.block_tokens
-        self._context = context
+        self._seconds -= batch * profile.sample_seconds + context * profile.context_seconds
         self._prefills = 0
         self.tokens = batch
         self.pairs = 0
 
     def chunk(self, start: int, remaining: int) -> int:
         """Tokens a prefill at position `start` may run in this step; 0 = none."""
-        profile = self._profile
         room = min(remaining, self._limit - self.tokens)
         if room <= 0:
             return 0
-        base = profile.step(max(self.tokens, 1), self.tokens, self.pairs, self._context)
-        left = self._seconds - base
+        pair = self._profile.pair_seconds
+        left = self._seconds - self._table[self.tokens] - pair * self.pairs
         count = 0
         if left > 0:
-            slope = profile.slope + profile.pair_seconds * (start + 0.5)
-            count = int(2 * left / (slope + math.sqrt(slope * slope + 2 * profile.pair_seconds * left)))
+            slope = self._slope + pair * (start + 0.5)
+            count = int(2 * left / (slope + math.sqrt(slope * slope + 2 * pair * left)))
         if self._prefills == 0:
             count = max(count, self._least)
         count = min(room, count)

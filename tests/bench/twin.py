@@ -213,8 +213,11 @@ def overload(report: common.Report, quick: bool) -> None:
         shares = [float(cost[ended & (work.tenant == t)].sum()) for t in range(1, TENANTS)]
         goodput = float(met(both, slo).sum()) / work.span
         reasons = len(both.reasons) + int((~np.isnan(both.ended_at)).sum())
-        report.add(seed=seed, high_alone=was, high_in_overload=kept,
-                   ttft_high_ms=1e3 * float(np.nanmean(ttft(both)[first])), goodput=goodput, capacity=whole, jain=jain(shares), dropped=len(both.reasons))  # fmt: skip
+        report.add(
+            seed=seed, high_alone=was, high_in_overload=kept, goodput=goodput, capacity=whole,
+            ttft_high_ms=1e3 * float(np.nanmean(ttft(both)[first])), jain=jain(shares),
+            dropped=len(both.reasons),
+        )  # fmt: skip
         report.check(
             f"seed {seed}: high band within its SLO, over alone",
             kept / max(was, 1e-9),
