@@ -8,7 +8,8 @@ phases    prefill-heavy, decode-heavy, prefill-heavy: ours with live roles again
 overload  twice the capacity with two priorities and several tenants.
 scale     a million requests over a thousand executors, on one core.
 
-Static splits run at their best prefill share, looked for in eighths on the first seed of each cell. Figures
+Static splits run at their best prefill share, looked for in eighths on 16 executors at the first seed of each
+cell. Figures
 are of simulated time, so they are the same on any machine; only `scale` measures this one.
 """
 
@@ -17,9 +18,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from controlplane.twin.costs import roofline_profile
 from controlplane.twin.results import Slo, Summary, jain, met, paired_ratio, summarize, ttft
@@ -35,6 +38,7 @@ SIZES = (16, 64, 512)
 LOADS = (0.5, 0.8, 1.2)
 SEEDS = (1, 2, 3)
 PER_EXECUTOR = 200  # requests
+SHARE_SIZE = 16  # executors that a split's best share is looked for on
 WARM = 0.1  # share of arrivals left out: caches and queues fill
 WITHIN = 0.02
 BELOW = ("ttft_mean", "ttft_p99", "tpot_p99")
@@ -59,7 +63,40 @@ def per_executor(trace: str) -> float:
     return capacity(made, PROFILE, 16) / 16
 
 
-def run_cell(cell: Cell, per: int, seeds: tuple[int, ...], whole: float) -> dict[str, list[Summary]]:
+class Kept:
+    """Figures of runs that are done, in a file: a long series goes on where it stopped."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._found: dict[str, dict[str, object]] = {}
+        if path is not None and path.exists():
+            self._found = orjson.loads(path.read_bytes())
+
+    def summary(self, key: str, run: Callable[[], Summary]) -> Summary:
+        if key not in self._found:
+            self._found[key] = run().to_json()
+            if self._path is not None:
+                self._path.write_bytes(orjson.dumps(self._found))
+        return Summary(**self._found[key])  # type: ignore[arg-type]  # as it was written
+
+    def share(self, key: str, run: Callable[[], float]) -> float:
+        if key not in self._found:
+            self._found[key] = {"share": run()}
+        return float(self._found[key]["share"])  # type: ignore[arg-type]  # as it was written
+
+
+def split_share(sample: Workload, name: str, executors: int, slo: Slo) -> float:
+    return best_share(sample, PROFILE, name, executors, slo)[0]
+
+
+def one_run(work: Workload, name: str, cell: Cell, seed: int, share: float | None) -> Summary:
+    cluster = simulate(work, PROFILE, name, cell.executors, seed=seed, prefill_share=share)
+    return summarize(cluster, SLOS[cell.trace], WARM)
+
+
+def run_cell(
+    cell: Cell, per: int, seeds: tuple[int, ...], whole: float, kept: Kept
+) -> dict[str, list[Summary]]:
     """Figures of every policy, seed by seed."""
     slo = SLOS[cell.trace]
     found: dict[str, list[Summary]] = {}
@@ -68,12 +105,14 @@ def run_cell(cell: Cell, per: int, seeds: tuple[int, ...], whole: float) -> dict
         work = workload(cell, per, seed, whole)
         for name in (OURS, *COLOCATED, *SPLIT):
             if name in SPLIT and name not in shares:
-                small = replace(cell, executors=min(cell.executors, 64))
-                shares[name], _ = best_share(
-                    workload(small, per, seed, whole), PROFILE, name, small.executors, slo
+                small = replace(cell, executors=min(cell.executors, SHARE_SIZE))
+                sample = workload(small, per, seed, whole)
+                shares[name] = kept.share(
+                    f"{cell}/{per}/{name}/share",
+                    partial(split_share, sample, name, small.executors, slo),
                 )
-            cluster = simulate(work, PROFILE, name, cell.executors, seed=seed, prefill_share=shares.get(name))
-            found.setdefault(name, []).append(summarize(cluster, slo, WARM))
+            run = partial(one_run, work, name, cell, seed, shares.get(name))
+            found.setdefault(name, []).append(kept.summary(f"{cell}/{per}/{name}/{seed}", run))
     return found
 
 
@@ -108,16 +147,14 @@ def judge(report: common.Report, cell: Cell, found: dict[str, list[Summary]]) ->
         )  # fmt: skip
 
 
-def cells(report: common.Report, quick: bool, sizes: tuple[int, ...]) -> None:
+def cells(report: common.Report, quick: bool, sizes: tuple[int, ...], kept: Kept) -> None:
     wholes = {trace: per_executor(trace) for trace in FILES}
     for trace in FILES:
         for size in sizes:
             for load in LOADS[1:2] if quick else LOADS:
                 cell = Cell(trace, size, load)
-                found = run_cell(
-                    cell, 40 if quick else PER_EXECUTOR, SEEDS[:1] if quick else SEEDS, wholes[trace]
-                )
-                judge(report, cell, found)
+                per, seeds = (40, SEEDS[:1]) if quick else (PER_EXECUTOR, SEEDS)
+                judge(report, cell, run_cell(cell, per, seeds, wholes[trace], kept))
 
 
 # -- phases ----------------------------------------------------------------------------------------------
@@ -251,12 +288,14 @@ def main() -> int:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("cells", "phases", "overload", "scale"), action="append")
     parser.add_argument("--sizes", type=int, nargs="+", help="executors of the cells")
+    parser.add_argument("--resume", type=Path, help="keep the cells' figures here, and go on from them")
     args = parser.parse_args()
     code = 0
     for part in args.part or ("cells", "phases", "overload", "scale"):
         report = common.Report(f"twin: {part}")
         if part == "cells":
-            cells(report, args.quick, tuple(args.sizes or (SIZES[:1] if args.quick else SIZES)))
+            sizes = tuple(args.sizes or (SIZES[:1] if args.quick else SIZES))
+            cells(report, args.quick, sizes, Kept(args.resume))
         elif part == "phases":
             phase_shift(report, args.quick)
         elif part == "overload":
