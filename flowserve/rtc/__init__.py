@@ -3,7 +3,8 @@
 | module    | what it owns                                                         |
 |-----------|----------------------------------------------------------------------|
 | cache     | `RTC`: the paper's API; references, eviction, audit                   |
-| allocator | the free list, kept as long runs                                     |
+| placement | which blocks a table gets and what is evicted for it, in long runs   |
+| allocator | the free blocks as contiguous segments                               |
 | index     | identity -> block (the radix tree over blocks), context id -> blocks |
 | host      | pages of evicted blocks in host memory                               |
 | events    | the numbered log of what became reusable and what did not stay so    |

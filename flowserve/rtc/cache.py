@@ -9,7 +9,8 @@ A block is in exactly one state:
 
     free        on the allocator's list
     held        referenced by sequences, transfers or a population; maybe indexed too
-    idle        indexed, referenced by nobody: reusable, and evicted when blocks run short
+    idle        indexed, referenced by nobody: reusable, and evicted when blocks run short (which of
+                them: `flowserve.rtc.placement`)
 
 Preserved KV is soft state: it may vanish whenever nobody refers to it, and is recomputed then.
 """
@@ -18,15 +19,15 @@ from __future__ import annotations
 
 import enum
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from flowserve.rtc.allocator import BlockAllocator
 from flowserve.rtc.events import CacheChanges, ChangeLog
 from flowserve.rtc.host import HostTier, Page
 from flowserve.rtc.index import ContextIndex, PrefixIndex
+from flowserve.rtc.placement import RUN_PRICE, Placement
 from kvtransfer.blockhash import block_hashes, chain_seed
 from kvtransfer.pool import BlockStore
 
@@ -98,16 +99,16 @@ class RTC:
         *,
         host_bytes: int = 0,
         max_contexts: int = MAX_CONTEXTS,
+        run_price: float = RUN_PRICE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`host_bytes` bounds the host tier; 0 = evicted blocks are dropped."""
+        """`host_bytes` bounds the host tier; 0 = evicted blocks are dropped. `run_price`: see `placement`."""
         self.store = store
         self.block_tokens = store.layout.block_tokens
         self._revision = store.layout.model_revision
-        self._allocator = BlockAllocator(store.num_blocks)
+        self._placement = Placement(store.num_blocks, self._evicted, run_price=run_price)
         self._refs = [0] * store.num_blocks
         self._index = PrefixIndex()
-        self._idle: OrderedDict[int, None] = OrderedDict()  # next to evict first
         self._host = HostTier(host_bytes)
         self._contexts = ContextIndex(max_contexts, clock)
         self._changes = ChangeLog()
@@ -125,12 +126,12 @@ class RTC:
     @property
     def free_blocks(self) -> int:
         """Blocks an allocation can get: free now, or idle."""
-        return self._allocator.free + len(self._idle)
+        return self._placement.available
 
     @property
     def idle_blocks(self) -> int:
         """Reusable and referenced by nobody."""
-        return len(self._idle)
+        return self._placement.idle
 
     @property
     def held_blocks(self) -> int:
@@ -147,7 +148,9 @@ class RTC:
 
     def available(self, match: PrefixMatch) -> int:
         """Blocks an allocation could add to `match` (whose idle blocks are then no longer evictable)."""
-        return self.free_blocks - sum(1 for block in match.blocks if block in self._idle)
+        return self.free_blocks - sum(
+            1 for block in match.blocks if block is not None and self._placement.is_idle(block)
+        )
 
     # -- match -----------------------------------------------------------------------------------
 
@@ -225,11 +228,7 @@ class RTC:
         """A block to grow `table` by (next to its last one if that is free); None if there is none."""
         if self.free_blocks < 1:
             return None
-        if self._allocator.free < 1:
-            self._evict()
-        block = self._allocator.take_after(table[-1] if table else -1)
-        if block is None:
-            raise AssertionError("an evicted block is free")
+        block = self._placement.take_after(table[-1] if table else -1)
         self._refs[block] = 1
         self.store.bump(block)
         return block
@@ -237,19 +236,23 @@ class RTC:
     def free(self, blocks: Sequence[int]) -> None:
         """Drops one reference on each block of a table (in the table's order).
 
-        Indexed blocks become idle, the table's last one first in line for eviction, because what
-        follows a missing block cannot be matched. Raises ValueError for a block nobody refers to.
+        Indexed blocks become idle, the others free. Raises ValueError for a block nobody refers to.
         """
-        for block in reversed(blocks):
+        for block in blocks:
             if self._refs[block] < 1:
                 raise ValueError(f"block {block} is freed but not referenced")
+        idle: list[int] = []
+        free: list[int] = []
+        for block in blocks:
             self._refs[block] -= 1
-            if self._refs[block] > 0:
-                continue
-            if self._index.identity(block) is not None:
-                self._idle[block] = None
-            else:
-                self._release(block)
+            if self._refs[block] == 0:
+                if self._index.identity(block) is not None:
+                    idle.append(block)
+                else:
+                    self.store.bump(block)
+                    free.append(block)
+        self._placement.rest(idle)
+        self._placement.release(free)
 
     def commit(self, block: int, identity: bytes) -> bool:
         """`block` is full and computed: from now on it can be matched by `identity`.
@@ -331,8 +334,10 @@ class RTC:
 
     def clear(self) -> None:
         """Forgets all preserved KV that nobody refers to, in every tier."""
-        while self._idle:
-            self._drop_index(next(iter(self._idle)), keep=False)
+        for block in self._placement.idle_blocks():
+            self._drop_index(block, keep=False)
+            self.store.bump(block)
+            self._placement.forget(block)
         for identity in list(self._host):
             self._host.drop(identity)
             if identity not in self._index:
@@ -367,9 +372,10 @@ class RTC:
         missing = [block for block, refs in enumerate(self._refs) if refs < expected[block]]
         held = sum(1 for refs in self._refs if refs > 0)
         if held + self.free_blocks != self.num_blocks:  # a block in no state at all
-            free = {start + i for start, length in self._allocator.runs() for i in range(length)}
             lost = [
-                b for b, refs in enumerate(self._refs) if refs == 0 and b not in free and b not in self._idle
+                block
+                for block, refs in enumerate(self._refs)
+                if refs == 0 and not self._placement.is_free(block) and not self._placement.is_idle(block)
             ]
             leaked.extend(lost)
         return AuditReport(leaked, missing)
@@ -381,32 +387,28 @@ class RTC:
             self.store.store(block, page)
 
     def _refer(self, block: int) -> None:
-        self._idle.pop(block, None)
+        if self._refs[block] == 0:
+            self._placement.revive(block)
         self._refs[block] += 1
 
     def _take(self, count: int) -> list[int]:
-        while self._allocator.free < count:
-            self._evict()
-        blocks = self._allocator.take(count)
-        if blocks is None:
-            raise AssertionError("enough blocks were made free")
+        blocks = self._placement.take(count)
         for block in blocks:
             self._refs[block] = 1
             self.store.bump(block)
         return blocks
 
-    def _evict(self) -> None:
-        self._drop_index(next(iter(self._idle)), keep=True)
+    def _evicted(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._drop_index(block, keep=True)
 
     def _drop_index(self, block: int, keep: bool) -> None:
-        """An idle block becomes free; with `keep` its page goes to the host tier, if there is one."""
-        del self._idle[block]
+        """An idle block loses its identity; with `keep` its page goes to the host tier, if there is one."""
         identity = self._index.remove(block)
         if keep:
             self._keep_on_host(identity, block)
         if identity not in self._host:
             self._changes.removed(identity)
-        self._release(block)
 
     def _keep_on_host(self, identity: bytes, block: int) -> bool:
         if self._host.get(identity) is not None:
@@ -417,7 +419,3 @@ class RTC:
             if dropped not in self._index:
                 self._changes.removed(dropped)
         return True
-
-    def _release(self, block: int) -> None:
-        self.store.bump(block)
-        self._allocator.give((block,))

@@ -26,6 +26,7 @@ METRIC_MODULES = (
     "controlplane.jobs.metrics",
     "controlplane.local.metrics",
     "flowserve.engine.metrics",
+    "flowserve.rtc.metrics",
     "flowserve.shell.metrics",
     "kvtransfer.metrics",
 )
