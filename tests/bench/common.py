@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import os
 import platform
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import uvloop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +75,9 @@ class Report:
         """Prints the tables, writes the JSON; returns 1 if an aim was missed."""
         print(f"\n{self.name} on {self.machine['cpu']}, {self.machine['cores']} cores, "
               f"load before {self.machine['load_1m']}")  # fmt: skip
-        print_table(self.rows)
+        for _, rows in itertools.groupby(self.rows, key=tuple):  # rows of like columns are a table
+            print()
+            print_table(list(rows))
         if self.checks:
             print()
             print_table([_check_row(check) for check in self.checks])
@@ -111,6 +116,38 @@ def _format(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
+
+
+class OtherWork:
+    """What processes that are not part of the measurement take of this machine meanwhile.
+
+    On a shared machine a run that was disturbed tells nothing; this is how it is known.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        """`pids`: the measured processes; their present descendants and this process are added."""
+        self._known = {psutil.Process()}
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                self._known |= {process, *process.children(recursive=True)}
+        self._since = self._seconds()
+
+    def _seconds(self) -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+        known = 0.0
+        for process in self._known:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own = process.cpu_times()
+                known += own.user + own.system
+        return time.perf_counter(), busy, known
+
+    def share(self) -> float:
+        """The share of all cores since the start, 0 to 1. Time the hypervisor kept counts too."""
+        begun, now = self._since, self._seconds()
+        wall, busy, known = (b - a for a, b in zip(begun, now, strict=True))
+        return max(0.0, busy - known) / (wall * (os.cpu_count() or 1))
 
 
 def percentile(values: Sequence[float], q: float) -> float:

@@ -1,89 +1,78 @@
-"""The executor against this machine's own limits: decode and prefill beside the roofline of the same run.
+"""The engine against this machine's own limits, and against vLLM and llama.cpp on the same cores.
 
     python -m tests.bench.engine [--quick] [--json PATH] [--threads N] [--dtype bfloat16|float32]
+    python -m tests.bench.engine --peers [--quick] [--json PATH] [--cells 128/64@8 …] [--rounds N] …
 
-Ceilings first: how fast these cores read memory (a sum over a block far larger than the caches) and
-multiply float32 matrices of the model's shapes (torch's own library). The roofline time of a step is the
-larger of its bytes over the read rate and its operations over the multiply rate. `model` is the forward
-pass, `rest` what the executor adds around it: flattening the batch, sampling. Ceilings and steps alternate.
+The first form measures ceilings (`ceilings.py`) and, in turn with them, the executor's steps: decode of
+1, 8 and 32 sequences, decode at long contexts, prefill. The roofline time of a step is the larger of its
+bytes over the read rate and its operations over the multiply rate. The rest of a step's time is told
+apart by runs that differ in one thing: almost no context (what is left is matrices), sampling alone,
+the engine's loop around the executor, gRPC around the engine, the gateway around that (`breakdown.py`).
+
+The second form is `peers/compare.py`.
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
+from flowserve.engine.sampling import sample
 from flowserve.engine.types import SamplingParams
 from flowserve.executor.batch import flatten
 from flowserve.executor.interface import SampleSpec, SequenceSlice
 from flowserve.executor.local import LocalExecutor, open_executor
 from flowserve.models.config import ModelConfig
-from tests.bench import common
+from tests.bench import breakdown, common
+from tests.bench.ceilings import Ceilings, shapes, timed
+from tests.bench.peers import compare
+from tests.support.stack import running_stack
 
 DECODE_BATCHES = (1, 8, 32)
 DECODE_CONTEXT = 256
 PREFILL_TOKENS = (128, 512, 2048)
+PREFILL_PIECE = 16  # tokens of a piece where a prefill is run almost without attention
 LONG_CONTEXTS = (4096, 8000)
-READ_BYTES = 512 << 20
 BYTES = {"bfloat16": 2, "float32": 4}
+KV_GAP = 0.15  # what long contexts may cost beyond the bytes of their KV
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def best_of(work: Callable[[], object], runs: int) -> list[float]:
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return times
-
-
-def matmul(config: ModelConfig, rows: int) -> tuple[Callable[[], object], float]:
-    """The layer's four matrices applied to `rows` rows in float32 by torch, and their operations."""
-    width = config.heads * config.head_dim
-    shapes = [
-        (width + 2 * config.kv_heads * config.head_dim, config.hidden),
-        (config.hidden, width),
-        (2 * config.intermediate, config.hidden),
-        (config.hidden, config.intermediate),
-    ]
-    matrices = [torch.randn(shape) for shape in shapes]
-    inputs = [torch.randn(rows, columns) for _, columns in shapes]
-
-    def work() -> None:
-        for matrix, data in zip(matrices, inputs, strict=True):
-            torch.nn.functional.linear(data, matrix)
-
-    return work, sum(2.0 * rows * n * k for n, k in shapes)
-
-
 def layer_weights(config: ModelConfig) -> int:
-    width = config.heads * config.head_dim
-    attention = config.hidden * (width + 2 * config.kv_heads * config.head_dim) + width * config.hidden
-    return config.layers * (attention + 3 * config.hidden * config.intermediate)
+    """Weights of all layers' matrices."""
+    return config.layers * sum(out * width for out, width in shapes(config))
 
 
 class Step:
     """One kind of step: its slices, and the least it must read and compute."""
 
-    def __init__(self, name: str, slices: Sequence[SequenceSlice], config: ModelConfig, size: int) -> None:
-        self.name, self.slices = name, slices
-        tokens = sum(len(item.tokens) for item in slices)
+    def __init__(self, kind: str, slices: Sequence[SequenceSlice], config: ModelConfig, size: int) -> None:
+        self.kind, self.slices = kind, slices
+        self.sequences = len(slices)
+        self.tokens = sum(len(item.tokens) for item in slices)
+        self.context = slices[0].start
         sampled = sum(item.sample is not None for item in slices)
-        weights = layer_weights(config) + config.vocab_size * config.hidden
-        kv_token = 2 * config.layers * config.kv_heads * config.head_dim
+        self.weight_bytes = float(layer_weights(config) + config.vocab_size * config.hidden) * size
         seen = sum(item.start + len(item.tokens) for item in slices)
-        self.bytes = float(weights + kv_token * seen) * size
+        self.kv_bytes = 2.0 * config.layers * config.kv_heads * config.head_dim * seen * size
         pairs = sum(
             len(item.tokens) * item.start + len(item.tokens) * (len(item.tokens) + 1) / 2 for item in slices
         )
-        attention = 4.0 * pairs * config.layers * config.heads * config.head_dim
         head = 2.0 * sampled * config.vocab_size * config.hidden
-        self.operations = 2.0 * tokens * layer_weights(config) + head + attention
+        self.matrix_operations = 2.0 * self.tokens * layer_weights(config) + head
+        self.attention_operations = 4.0 * pairs * config.layers * config.heads * config.head_dim
+
+    @property
+    def name(self) -> str:
+        if self.kind == "prefill":
+            return f"prefill, {self.tokens} tokens"
+        return f"decode, batch {self.sequences}, context {self.context}"
 
 
 def slices(sequences: int, tokens: int, start: int, block_tokens: int = 16) -> list[SequenceSlice]:
@@ -101,39 +90,139 @@ def slices(sequences: int, tokens: int, start: int, block_tokens: int = 16) -> l
 
 
 def steps(config: ModelConfig, size: int, quick: bool) -> list[Step]:
-    made = [
-        Step(f"decode, batch {n}, context {DECODE_CONTEXT}", slices(n, 1, DECODE_CONTEXT), config, size)
-        for n in DECODE_BATCHES
-    ]
-    made += [
-        Step(f"decode, batch 1, context {n}", slices(1, 1, n), config, size)
-        for n in (LONG_CONTEXTS[:1] if quick else LONG_CONTEXTS)
-    ]
-    made += [
-        Step(f"prefill, {n} tokens", slices(1, n, 0), config, size)
-        for n in (PREFILL_TOKENS[:2] if quick else PREFILL_TOKENS)
-    ]
-    return made
+    long = LONG_CONTEXTS[:1] if quick else LONG_CONTEXTS
+    decodes = [*((n, DECODE_CONTEXT) for n in DECODE_BATCHES), *((1, n) for n in long)]
+    made = [Step("decode", slices(n, 1, context), config, size) for n, context in decodes]
+    prompts = PREFILL_TOKENS[:2] if quick else PREFILL_TOKENS
+    return made + [Step("prefill", slices(1, n, 0), config, size) for n in prompts]
 
 
-def forward_only(executor: LocalExecutor, step: Step) -> None:
+def without_context(step: Step) -> list[SequenceSlice]:
+    """The same rows through the same matrices with almost nothing to attend to, as many logits."""
+    if step.kind == "decode":
+        return slices(step.sequences, 1, 0)
+    pieces = slices(step.tokens // PREFILL_PIECE, PREFILL_PIECE, 0)
+    return [SequenceSlice(p.tokens, p.start, p.block_table) for p in pieces[:-1]] + pieces[-1:]
+
+
+@dataclass
+class Times:
+    """Seconds of every run of a step."""
+
+    whole: list[float] = field(default_factory=list)  # the executor's call
+    model: list[float] = field(default_factory=list)  # the forward pass in it
+    matrices: list[float] = field(default_factory=list)  # a forward pass almost without context
+    sampling: list[float] = field(default_factory=list)
+
+
+def forward(executor: LocalExecutor, batch: Sequence[SequenceSlice]) -> Callable[[], torch.Tensor]:
+    """The forward pass alone, its arrays made before."""
     layout = executor.store.layout
     ragged = flatten(
-        step.slices,
+        batch,
         block_tokens=layout.block_tokens,
         num_blocks=executor.store.num_blocks,
         max_len=executor.info.max_model_len,
     )
-    executor._model.forward(ragged, executor._pool.pages)
+    return lambda: executor._model.forward(ragged, executor._pool.pages)
+
+
+def measure_step(executor: LocalExecutor, step: Step, times: Times) -> None:
+    runs = 5 if step.kind == "decode" else 1
+    run, bare = forward(executor, step.slices), forward(executor, without_context(step))
+    times.whole += timed(lambda: executor.execute(step.slices), runs)
+    times.model += timed(run, runs)
+    times.matrices += timed(bare, runs)
+    logits = run()
+    specs = [item.sample for item in step.slices if item.sample is not None]
+    times.sampling += timed(lambda: sample(logits, specs), runs)
+
+
+def add_step(report: common.Report, step: Step, times: Times, bandwidth: float, rate: float) -> None:
+    """A row: the step beside its roofline, and where the rest goes (ms)."""
+    whole, model, matrices, sampling = map(
+        common.median, (times.whole, times.model, times.matrices, times.sampling)
+    )
+    least_matrices = max(step.weight_bytes / bandwidth, step.matrix_operations / rate)
+    least_attention = max(step.kv_bytes / bandwidth, step.attention_operations / rate)
+    roofline = max(
+        (step.weight_bytes + step.kv_bytes) / bandwidth,
+        (step.matrix_operations + step.attention_operations) / rate,
+    )
+    report.add(
+        step=step.name,
+        ms=1e3 * whole,
+        roofline_ms=1e3 * roofline,
+        share=roofline / whole,
+        weights=1e3 * least_matrices,
+        matrices_over=1e3 * (matrices - least_matrices),
+        kv=1e3 * least_attention,
+        attention_over=1e3 * (model - matrices - least_attention),
+        sampling=1e3 * sampling,
+        python=1e3 * (whole - model - sampling),
+        gb_per_s=(step.weight_bytes + step.kv_bytes) / model / 1e9,
+        gflop_per_s=(step.matrix_operations + step.attention_operations) / model / 1e9,
+    )
+
+
+def check(
+    report: common.Report, plan: Sequence[Step], found: dict[str, Times], ceilings: Ceilings, kind: str
+) -> None:
+    """The aims of the engine work."""
+    first = plan[0]
+    reached = (first.weight_bytes + first.kv_bytes) / common.median(found[first.name].model)
+    share = reached / ceilings.bandwidth
+    report.check("decode at batch 1 reads at", 100 * share, "% of the measured rate", ">= 75", share >= 0.75)
+    way, rate = ceilings.multiply(kind)
+    for step in plan:
+        if step.kind == "prefill" and step.tokens >= 512:
+            operations = step.matrix_operations + step.attention_operations
+            share = operations / common.median(found[step.name].model) / rate
+            unit = f"% of torch's {way} rate"
+            report.check(f"{step.name}, multiplies at", 100 * share, unit, ">= 85", share >= 0.85)
+    for step in plan:
+        if step.kind == "decode" and step.context > DECODE_CONTEXT:
+            extra = common.median(found[step.name].model) - common.median(found[first.name].model)
+            bytes_explain = (step.kv_bytes - first.kv_bytes) / ceilings.bandwidth
+            over = extra / bytes_explain - 1
+            report.check(
+                f"{step.name}, costs beyond its KV's bytes", 100 * over, "%", "<= 15", over <= KV_GAP
+            )
+
+
+def add_around(report: common.Report, executor: LocalExecutor, found: dict[str, Times], args: object) -> None:
+    """What the engine's loop, gRPC and the gateway add to a decode step."""
+    quick, threads, dtype = args.quick, args.threads, args.dtype  # type: ignore[attr-defined]  # a namespace
+    batches = DECODE_BATCHES[:2] if quick else DECODE_BATCHES
+    loops = {n: breakdown.in_engine(executor, n, DECODE_CONTEXT) for n in batches}
+    with running_stack("1C", "--threads", str(threads), "--dtype", dtype, "--kv-cache-bytes", "1G") as stack:
+        for n in batches:
+            direct, gateway = asyncio.run(breakdown.served(stack, n, DECODE_CONTEXT))
+            step = common.median(found[f"decode, batch {n}, context {DECODE_CONTEXT}"].whole)
+            report.add(
+                around=f"decode, batch {n}",
+                executor_ms=1e3 * step,
+                in_engine_ms=1e3 * loops[n],
+                over_grpc_ms=1e3 * direct,
+                through_gateway_ms=1e3 * gateway,
+                engine=1e3 * (loops[n] - step),
+                grpc=1e3 * (direct - loops[n]),
+                gateway=1e3 * (gateway - direct),
+            )
 
 
 def main() -> int:
     parser = common.parser(str(__doc__).splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=sorted(BYTES), default="bfloat16")
+    parser.add_argument(
+        "--no-stack", action="store_true", help="leave out the engine's loop, gRPC and gateway"
+    )
+    compare.add_options(parser)
     args = parser.parse_args()
+    if args.peers:
+        return compare.main(args)
     report = common.Report(f"engine, {args.dtype}, {args.threads} threads")
-    size = BYTES[args.dtype]
     executor = open_executor(
         fetch(DEFAULT_MODEL_URI).path,
         revision="bench",
@@ -141,54 +230,26 @@ def main() -> int:
         kv_cache_bytes=1 << 30,
         threads=args.threads,
     )
-    own_threads = torch.get_num_threads()
     config = executor._model.config
-    block = torch.ones(READ_BYTES // 4)
-    multiply, operations = matmul(config, 512)
-    rounds = 3 if args.quick else 9
-    plan = steps(config, size, args.quick)
-    read: list[float] = []
-    rate: list[float] = []
-    whole: dict[str, list[float]] = {step.name: [] for step in plan}
-    model: dict[str, list[float]] = {step.name: [] for step in plan}
+    ceilings = Ceilings(config, args.threads)
+    plan = steps(config, BYTES[args.dtype], args.quick)
+    found = {step.name: Times() for step in plan}
     for step in plan:
         executor.execute(step.slices)
-    for _ in range(rounds):
-        torch.set_num_threads(args.threads)  # the compiled step leaves torch one
-        read += [READ_BYTES / t for t in best_of(block.sum, 3)]
-        rate += [operations / t for t in best_of(multiply, 5)]
-        torch.set_num_threads(own_threads)
+    for _ in range(2 if args.quick else 7):
+        ceilings.measure(3)
         for step in plan:
-            repeat = 5 if step.name.startswith("decode") else 1
-            whole[step.name] += best_of(lambda s=step: executor.execute(s.slices), repeat)  # type: ignore[misc]
-            model[step.name] += best_of(lambda s=step: forward_only(executor, s), repeat)  # type: ignore[misc]
-    bandwidth, multiply_rate = common.median(read), common.median(rate)
-    report.add(step="ceiling: reads", gb_per_s=bandwidth / 1e9)
-    report.add(step="ceiling: float32 multiply (torch)", gflop_per_s=multiply_rate / 1e9)
-    shares = {}
+            measure_step(executor, step, found[step.name])
+    ceilings.report(report)
+    _, rate = ceilings.multiply(args.dtype)
     for step in plan:
-        ours, forward = common.median(whole[step.name]), common.median(model[step.name])
-        roofline = max(step.bytes / bandwidth, step.operations / multiply_rate)
-        shares[step.name] = (step.bytes / forward / bandwidth, step.operations / forward / multiply_rate)
-        report.add(
-            step=step.name,
-            ms=1e3 * ours,
-            model_ms=1e3 * forward,
-            rest_ms=1e3 * (ours - forward),
-            roofline_ms=1e3 * roofline,
-            of_roofline=roofline / ours,
-            gb_per_s=step.bytes / forward / 1e9,
-            gflop_per_s=step.operations / forward / 1e9,
-        )
-    share = shares[f"decode, batch 1, context {DECODE_CONTEXT}"][0]
-    report.check("decode at batch 1 reads at", 100 * share, "% of the measured rate", ">= 75", share >= 0.75)
-    share = shares["prefill, 512 tokens"][1]
-    report.check(
-        "prefill of 512 multiplies at", 100 * share, "% of torch's float32 rate", ">= 85", share >= 0.85
-    )
+        add_step(report, step, found[step.name], ceilings.bandwidth, rate)
+    check(report, plan, found, ceilings, args.dtype)
+    if not args.no_stack:
+        add_around(report, executor, found, args)
     executor.close()
     return report.finish(args.json)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -14,17 +14,14 @@ The client runs on the same cores as everything else and takes its share of them
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 from deepflow.v1 import common_pb2
 
 from tests.bench import common
-from tests.support.http_client import stream
+from tests.bench.client import Prompts, Sample, batch, complete
 from tests.support.stack import MODEL, Stack, running_stack
 from tests.support.worker_client import WorkerClient, generate_disaggregated, greedy
 
@@ -32,59 +29,13 @@ PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
 CONCURRENCY = (1, 8, 32)
 TOPOLOGIES = ("1C", "1P1D")
-VOCABULARY = (1000, 40_000)  # ids of ordinary tokens
 START_SECONDS = 15.0  # the aim for a second start
 STREAMS = 128  # the load aim
 LOAD_SECONDS = 120.0
 
 
-@dataclass
-class Sample:
-    """One request's figures, in seconds."""
-
-    first: float
-    rest: list[float] = field(default_factory=list)  # arrivals after the first, from the start
-    tokens: int = 0
-    error: str = ""
-
-    @property
-    def per_token(self) -> float:
-        return (self.rest[-1] - self.first) / (self.tokens - 1) if self.tokens > 1 and self.rest else 0.0
-
-    @property
-    def longest_gap(self) -> float:
-        times = [0.0, self.first, *self.rest]
-        return max(b - a for a, b in itertools.pairwise(times))
-
-
-class Prompts:
-    """Random token ids, never the same twice."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def next(self) -> list[int]:
-        return [self._random.randrange(*VOCABULARY) for _ in range(PROMPT_TOKENS)]
-
-
 async def through_gateway(stack: Stack, prompt: Sequence[int]) -> Sample:
-    payload = {
-        "model": MODEL,
-        "prompt": list(prompt),
-        "max_tokens": OUTPUT_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    run = await stream("127.0.0.1", stack.port, "/v1/completions", payload, timeout=600)
-    error = run.error()
-    if error is not None or not run.done or len(run.arrivals) < 3:
-        return Sample(0.0, error=str(error or "cut"))
-    usage = run.parsed()[-1]["usage"]
-    times = [at - run.started for at in run.arrivals[:-2]]  # without the finish and the usage events
-    tokens = int(usage["completion_tokens"])  # type: ignore[index]  # parsed JSON
-    return Sample(times[0], times[1:], tokens)
+    return await complete(stack.port, MODEL, prompt, OUTPUT_TOKENS)
 
 
 async def direct(clients: dict[str, WorkerClient], revision: str, prompt: Sequence[int]) -> Sample:
@@ -105,24 +56,6 @@ async def direct(clients: dict[str, WorkerClient], revision: str, prompt: Sequen
     return Sample(times[0], times[1:], len(run.tokens))
 
 
-async def batch(
-    ask: Callable[[], Awaitable[Sample]], concurrency: int, requests: int
-) -> tuple[list[Sample], float]:
-    """`requests` requests, `concurrency` at a time; their samples and the wall seconds of all."""
-    left = requests
-    samples: list[Sample] = []
-
-    async def client() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            samples.append(await ask())
-
-    started = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(concurrency)))
-    return samples, time.perf_counter() - started
-
-
 async def connect(stack: Stack) -> dict[str, WorkerClient]:
     clients = {}
     for te in stack.executors():
@@ -138,14 +71,17 @@ async def measure(args: object, report: common.Report, stacks: dict[str, Stack])
     figures: dict[tuple[str, int, str], list[tuple[list[Sample], float]]] = {}
     clients = {name: await connect(stack) for name, stack in stacks.items()}
     for stack in stacks.values():  # buffers and cost models get warm
-        await batch(lambda s=stack: through_gateway(s, prompts.next()), 2, 2)  # type: ignore[misc]
+        await batch(lambda s=stack: through_gateway(s, prompts.next(PROMPT_TOKENS)), 2, 2)  # type: ignore[misc]
     for round_number in range(rounds):
         for level in concurrency:
             requests = level if quick else max(4, level)
             for name, stack in stacks.items():
                 ways: list[tuple[str, Callable[[], Awaitable[Sample]]]] = [
-                    ("gateway", lambda s=stack: through_gateway(s, prompts.next())),  # type: ignore[misc]
-                    ("direct", lambda s=stack, c=clients[name]: direct(c, s.revision, prompts.next())),  # type: ignore[misc]
+                    ("gateway", lambda s=stack: through_gateway(s, prompts.next(PROMPT_TOKENS))),  # type: ignore[misc]
+                    (
+                        "direct",
+                        lambda s=stack, c=clients[name]: direct(c, s.revision, prompts.next(PROMPT_TOKENS)),
+                    ),  # type: ignore[misc]
                 ]
                 for way, ask in ways if round_number % 2 == 0 else reversed(ways):
                     figures.setdefault((name, level, way), []).append(await batch(ask, level, requests))
@@ -195,7 +131,7 @@ async def load(report: common.Report, stack: Stack) -> None:
 
     async def client() -> None:
         while time.perf_counter() < ends:
-            samples.append(await through_gateway(stack, prompts.next()))
+            samples.append(await through_gateway(stack, prompts.next(PROMPT_TOKENS)))
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(STREAMS)))
