@@ -2,7 +2,9 @@
 
 Called by `tests.bench.engine`. The same load (so many streams, the same context) is run three times: by
 the engine in this process, over the worker protocol, and through the gateway. What is compared is the
-time between two tokens of a stream while all streams decode and no prompt is computed.
+time between two tokens of a stream while all streams decode and no prompt is computed: every prompt was asked
+before, so that its blocks are in the prefix cache and all streams start at once. (Prompts differ between
+streams: each reads KV of its own.)
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from flowserve.engine.types import EngineTask, SamplingParams, StepEvent, TaskKi
 from flowserve.executor.local import LocalExecutor
 from flowserve.rtc import RTC
 from tests.bench import common
-from tests.bench.client import Prompts, batch, complete
+from tests.bench.client import Prompts, complete
 from tests.support.stack import MODEL, Stack
-from tests.support.worker_client import greedy
+from tests.support.worker_client import TaskRun, greedy
 
 OUTPUT_TOKENS = 48
 SECONDS = 120.0
@@ -34,8 +36,14 @@ def gap(streams: Sequence[Sequence[float]]) -> float:
     return common.median(gaps)
 
 
+def some_prompts(streams: int, context: int) -> list[list[int]]:
+    """One for each stream, so long that `context` is the mean over its decode steps."""
+    prompts = Prompts(time.time_ns())
+    return [prompts.next(context - OUTPUT_TOKENS // 2) for _ in range(streams)]
+
+
 def in_engine(executor: LocalExecutor, streams: int, context: int) -> float:
-    """The gap in an engine of this process. `context` is the mean over the tokens."""
+    """The gap in an engine of this process."""
     arrivals: dict[str, list[float]] = {}
     ended = threading.Semaphore(0)
 
@@ -47,17 +55,19 @@ def in_engine(executor: LocalExecutor, streams: int, context: int) -> float:
             if delta.finish is not None:
                 ended.release()
 
+    prompts = some_prompts(streams, context)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
     engine = Engine(executor, RTC(executor.store), EngineConfig(), handover=None, on_event=on_event)
     engine.start()
     try:
-        prompts = Prompts(time.time_ns())
-        params = SamplingParams(temperature=0.0, ignore_eos=True)
-        for index in range(streams):
-            prompt = prompts.next(context - OUTPUT_TOKENS // 2)
-            engine.submit(EngineTask(str(index), 1, TaskKind.UNIFIED, prompt, params, OUTPUT_TOKENS))
-        for _ in range(streams):
-            if not ended.acquire(timeout=SECONDS):
-                raise RuntimeError("the engine did not finish")
+        for tokens in (1, OUTPUT_TOKENS):
+            arrivals.clear()
+            for index, prompt in enumerate(prompts):
+                task = EngineTask(f"{index}/{tokens}", 1, TaskKind.UNIFIED, prompt, params, tokens)
+                engine.submit(task)
+            for _ in range(streams):
+                if not ended.acquire(timeout=SECONDS):
+                    raise RuntimeError("the engine did not finish")
     finally:
         engine.stop()
     return gap(list(arrivals.values()))
@@ -65,25 +75,24 @@ def in_engine(executor: LocalExecutor, streams: int, context: int) -> float:
 
 async def served(stack: Stack, streams: int, context: int) -> tuple[float, float]:
     """The gaps over the worker protocol and through the gateway of a 1C stack."""
-    prompts = Prompts(time.time_ns())
-    length = context - OUTPUT_TOKENS // 2
+    prompts = some_prompts(streams, context)
     async with stack.client(stack.executor("colocated"), "bench") as client:
-        runs = await asyncio.gather(
-            *(
-                client.generate(
-                    prompts.next(length),
-                    revision=stack.revision,
-                    max_tokens=OUTPUT_TOKENS,
-                    sampling=greedy(ignore_eos=True),
-                    timeout=SECONDS,
-                )
-                for _ in range(streams)
+
+        async def generate(prompt: list[int], tokens: int) -> TaskRun:
+            return await client.generate(
+                prompt,
+                revision=stack.revision,
+                max_tokens=tokens,
+                sampling=greedy(ignore_eos=True),
+                timeout=SECONDS,
             )
-        )
+
+        await asyncio.gather(*(generate(prompt, 1) for prompt in prompts))
+        runs = await asyncio.gather(*(generate(prompt, OUTPUT_TOKENS) for prompt in prompts))
     direct = gap([[at for at, _ in run.arrivals] for run in runs])
-    samples, _ = await batch(
-        lambda: complete(stack.port, MODEL, prompts.next(length), OUTPUT_TOKENS), streams, streams
-    )
+    # The gateway's tenant has a cache of its own: its prompts are asked before, too.
+    await asyncio.gather(*(complete(stack.port, MODEL, prompt, 2) for prompt in prompts))
+    samples = await asyncio.gather(*(complete(stack.port, MODEL, p, OUTPUT_TOKENS) for p in prompts))
     failed = [sample.error for sample in samples if sample.error]
     if failed:
         raise RuntimeError(f"a request failed: {failed[0]}")

@@ -70,7 +70,11 @@ def _int8(out: int, width: int, rows: int) -> Callable[[], object]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces another home for these functions
         matrix = torch.quantize_per_channel(
-            torch.randn(out, width), torch.full((out,), 0.01), torch.zeros(out), 0, torch.qint8
+            torch.randn(out, width),
+            torch.full((out,), 0.01),
+            torch.zeros(out, dtype=torch.long),
+            0,
+            torch.qint8,
         )
         packed = torch.ops.quantized.linear_prepack(matrix, None)
         data = torch.quantize_per_tensor(torch.rand(rows, width), 0.01, 64, torch.quint8)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import orjson
 import psutil
@@ -164,6 +164,27 @@ def median(values: Sequence[float]) -> float:
 
 def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else float("nan")
+
+
+R = TypeVar("R")
+
+
+class Samples(Generic[R]):
+    """Runs (flat dataclasses), kept in a file of JSON lines as they come where one is named.
+
+    What the file holds from earlier calls counts too: so a long table can be measured in short windows.
+    """
+
+    def __init__(self, path: str | None, kind: type[R]) -> None:
+        self._path = Path(path) if path else None
+        lines = self._path.read_bytes().splitlines() if self._path and self._path.exists() else []
+        self.all = [kind(**orjson.loads(line)) for line in lines]
+
+    def add(self, run: R) -> None:
+        self.all.append(run)
+        if self._path:
+            with self._path.open("ab") as file:
+                file.write(orjson.dumps(run) + b"\n")
 
 
 def free_port() -> int:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 from deepflow.v1 import common_pb2
 
@@ -38,56 +38,59 @@ async def through_gateway(stack: Stack, prompt: Sequence[int]) -> Sample:
     return await complete(stack.port, MODEL, prompt, OUTPUT_TOKENS)
 
 
-async def direct(clients: dict[str, WorkerClient], revision: str, prompt: Sequence[int]) -> Sample:
+async def direct(
+    clients: dict[str, WorkerClient], revision: str, prompt: Sequence[int], output: int = OUTPUT_TOKENS
+) -> Sample:
     started = time.perf_counter()
     sampling = greedy(ignore_eos=True)
     if "prefill" in clients:
         run = await generate_disaggregated(
             clients["prefill"], clients["decode"], prompt, revision=revision,
-            max_tokens=OUTPUT_TOKENS, sampling=sampling, timeout=600,
+            max_tokens=output, sampling=sampling, timeout=600,
         )  # fmt: skip
     else:
         run = await clients["colocated"].generate(
-            prompt, revision=revision, max_tokens=OUTPUT_TOKENS, sampling=sampling, timeout=600
+            prompt, revision=revision, max_tokens=output, sampling=sampling, timeout=600
         )
     if run.finish != common_pb2.FINISH_REASON_LENGTH:
         return Sample(0.0, error=str(run.error))
     times = [at - started for at, _ in run.arrivals]
-    return Sample(times[0], times[1:], len(run.tokens))
+    return Sample(times[0], times[1:], len(run.tokens), transfer=run.transfer_seconds)
 
 
-async def connect(stack: Stack) -> dict[str, WorkerClient]:
-    clients = {}
-    for te in stack.executors():
-        clients[te["role"]] = await stack.client(te, "bench").__aenter__()
-    return clients
+@asynccontextmanager
+async def connected(stack: Stack) -> AsyncIterator[dict[str, WorkerClient]]:
+    """A client of each executor, by role."""
+    async with AsyncExitStack() as opened:
+        yield {
+            te["role"]: await opened.enter_async_context(stack.client(te, "bench"))
+            for te in stack.executors()
+        }
 
 
-async def measure(args: object, report: common.Report, stacks: dict[str, Stack]) -> None:
+async def measure(
+    args: object, report: common.Report, stacks: dict[str, Stack], opened: AsyncExitStack
+) -> None:
     quick = args.quick  # type: ignore[attr-defined]  # argparse namespace
     rounds = 1 if quick else 5
     concurrency = (1, 8) if quick else CONCURRENCY
     prompts = Prompts(int(time.time()))
     figures: dict[tuple[str, int, str], list[tuple[list[Sample], float]]] = {}
-    clients = {name: await connect(stack) for name, stack in stacks.items()}
-    for stack in stacks.values():  # buffers and cost models get warm
-        await batch(lambda s=stack: through_gateway(s, prompts.next(PROMPT_TOKENS)), 2, 2)  # type: ignore[misc]
+    asks: dict[str, dict[str, Callable[[], Awaitable[Sample]]]] = {}
+    for name, stack in stacks.items():
+        clients = await opened.enter_async_context(connected(stack))
+        asks[name] = {
+            "gateway": lambda s=stack: through_gateway(s, prompts.next(PROMPT_TOKENS)),  # type: ignore[misc]
+            "direct": lambda s=stack, c=clients: direct(c, s.revision, prompts.next(PROMPT_TOKENS)),  # type: ignore[misc]
+        }
+        await batch(asks[name]["gateway"], 2, 2)  # buffers and cost models get warm
     for round_number in range(rounds):
         for level in concurrency:
             requests = level if quick else max(4, level)
-            for name, stack in stacks.items():
-                ways: list[tuple[str, Callable[[], Awaitable[Sample]]]] = [
-                    ("gateway", lambda s=stack: through_gateway(s, prompts.next(PROMPT_TOKENS))),  # type: ignore[misc]
-                    (
-                        "direct",
-                        lambda s=stack, c=clients[name]: direct(c, s.revision, prompts.next(PROMPT_TOKENS)),
-                    ),  # type: ignore[misc]
-                ]
-                for way, ask in ways if round_number % 2 == 0 else reversed(ways):
-                    figures.setdefault((name, level, way), []).append(await batch(ask, level, requests))
-    for group in clients.values():
-        for client in group.values():
-            await client.__aexit__(None, None, None)
+            for name, ways in asks.items():
+                for way in list(ways) if round_number % 2 == 0 else reversed(ways):
+                    run = await batch(ways[way], level, requests)
+                    figures.setdefault((name, level, way), []).append(run)
     errors = 0
     for (name, level, way), runs in sorted(
         figures.items(), key=lambda item: (item[0][1], item[0][0], item[0][2])
@@ -162,7 +165,8 @@ async def main() -> int:
             started = time.perf_counter()
             stacks[name] = opened.enter_context(running_stack(name, "--kv-cache-bytes", "512M"))
             second = time.perf_counter() - started
-        await measure(args, report, stacks)
+        async with AsyncExitStack() as clients:
+            await measure(args, report, stacks, clients)
         names = [check.name for check in report.checks]
         assert len(names) == len(set(names))
         if args.quick:

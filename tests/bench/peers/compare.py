@@ -144,19 +144,20 @@ async def run_cell(server: Server, cell: Cell, prompts: Prompts, number: int, pi
     )
 
 
-async def measure(found: Sequence[Server], cells: Sequence[Cell], rounds: int) -> list[Run]:
+async def measure(
+    found: Sequence[Server], cells: Sequence[Cell], rounds: int, samples: common.Samples[Run]
+) -> None:
     """All runs: every round, every cell on every engine."""
     prompts = Prompts(time.time_ns())
     first = time.time_ns()  # rounds of several calls stay apart in one file of samples
     pids = [pid for server in found for pid in server.pids]
-    runs: list[Run] = []
     for server in found:  # buffers get warm, graphs get compiled
         await batch(lambda s=server: complete(s.port, s.model, prompts.next(32), 4), 2, 2)  # type: ignore[misc]
     for number in range(rounds):
         turned = [*found[number % len(found) :], *found[: number % len(found)]]
         for cell in cells:
-            runs += [await run_cell(server, cell, prompts, first + number, pids) for server in turned]
-    return runs
+            for server in turned:
+                samples.add(await run_cell(server, cell, prompts, first + number, pids))
 
 
 def rows(runs: Sequence[Run]) -> list[dict[str, object]]:
@@ -268,12 +269,9 @@ def main(args: argparse.Namespace) -> int:
             return 0
         cells = args.cells or (QUICK_CELLS if args.quick else CELLS)
         rounds = args.rounds or (1 if args.quick else ROUNDS)
-        runs = asyncio.run(measure(found, cells, rounds))
-    if args.samples:
-        with Path(args.samples).open("ab") as file:
-            file.writelines(orjson.dumps(asdict(run)) + b"\n" for run in runs)
-        runs = [Run(**orjson.loads(line)) for line in Path(args.samples).read_bytes().splitlines()]
-    for row in rows(runs):
+        samples = common.Samples(args.samples, Run)
+        asyncio.run(measure(found, cells, rounds, samples))
+    for row in rows(samples.all):
         report.add(**row)
-    judge(report, runs)
+    judge(report, samples.all)
     return report.finish(args.json)

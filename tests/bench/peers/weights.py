@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from controlplane.gateway.modelcard import ModelCard, build_card
 from flowserve.models.config import ModelConfig
 from flowserve.models.loader import open_model
-from flowserve.models.weights import WeightSource
+from flowserve.models.safetensors_folder import _LAYER_NAMES, _NAMES
+from flowserve.models.weights import WeightSource, parts
 
 SAFETENSORS = "weights-bf16"
 GGUF_KINDS = {
@@ -24,19 +25,6 @@ GGUF_KINDS = {
     "q8": gguf.GGMLQuantizationType.Q8_0,
 }
 FILE_TYPES = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q8": gguf.LlamaFileType.MOSTLY_Q8_0}
-
-# Hugging Face's names of a Llama layer's tensors.
-LAYER_NAMES = {
-    "attention_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 
 def gguf_path(root: Path, precision: str) -> Path:
@@ -66,13 +54,11 @@ def write_safetensors(model: Path, folder: Path) -> None:
 
 def _tensors(source: WeightSource) -> dict[str, torch.Tensor]:
     config = source.config
-    names = {"embedding": "model.embed_tokens", "final_norm": "model.norm"}
-    if not config.tied:
-        names["lm_head"] = "lm_head"
+    names = {name: key for name, key in _NAMES.items() if name != "lm_head" or not config.tied}
     for index in range(config.layers):
-        for part, name in LAYER_NAMES.items():
-            names[f"layers.{index}.{part}"] = f"model.layers.{index}.{name}"
-    return {f"{name}.weight": source.tensor(ours).bfloat16().contiguous() for ours, name in names.items()}
+        for part in parts(config):
+            names[f"layers.{index}.{part}"] = f"model.layers.{index}.{_LAYER_NAMES[part]}"
+    return {key: source.tensor(name).bfloat16().contiguous() for name, key in names.items()}
 
 
 def _config(config: ModelConfig, card: ModelCard) -> dict[str, object]:
