@@ -49,6 +49,9 @@ RELEASED = Counter(
     "Transfers that ended at this sender (acked, aborted, expired, withdrawn).",
     ("outcome",),
 )
+TAKEOVERS = Counter(
+    "deepflow_kv_takeovers_total", "Transfers that a later attempt took over from their first receiver."
+)
 READ_BYTES = Counter("deepflow_kv_read_bytes_total", "KV bytes sent over sockets and gRPC by this sender.")
 ACTIVE_READS = Gauge("deepflow_kv_active_reads", "Read streams this sender serves now.")
 REFUSED = Counter(

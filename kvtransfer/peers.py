@@ -56,10 +56,12 @@ class LocalEnd:
     peer_timeout: float  # seconds
     copy_workers: ThreadPoolExecutor
     stream_workers: ThreadPoolExecutor
+    attempt: int = 0  # of the task that pulls
 
     @property
     def receiver(self) -> str:
-        return f"{self.te_id}/{self.incarnation}"
+        """Names one pull, so that a late word of an earlier one is not taken for it."""
+        return f"{self.te_id}/{self.incarnation}/{self.attempt}"
 
 
 class Peer:

@@ -50,15 +50,21 @@ COPY_THREADS = 2
 STREAM_THREADS = 8
 """Sockets read at once, as many as a sender answers: they wait for bytes more than they copy."""
 
+Payload = bytes  # `PullResult.bytes` is a number
+
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
-    """`bytes` copied in `moves` contiguous copies; `seconds` from the call until all KV was in place."""
+    """`bytes` copied in `moves` contiguous copies; `seconds` from the call until all KV was in place.
+
+    `payload` is what the sender's engine gave along with the end.
+    """
 
     bytes: int
     moves: int
     transport: str  # name of kvtransfer.transports.choice
     seconds: float
+    payload: Payload = b""
 
 
 @dataclass(slots=True)
@@ -71,6 +77,8 @@ class _Pull:
     first: int  # blocks before it are in place already
     needed: int  # blocks that hold `length` tokens
     deadline: float  # on the receiver's clock
+    attempt: int
+    payload: bytes = b""
     moves: int = 0
     bytes: int = 0
     copy_seconds: float = 0.0
@@ -157,10 +165,12 @@ class Receiver:
         length: int,
         skip_blocks: int = 0,
         deadline: float | None = None,
+        attempt: int = 0,
     ) -> PullResult:
         """Fills `dst_blocks` (this pool's blocks for tokens `[0, length)`, in order) from the source.
 
-        The first `skip_blocks` of them are not touched. `deadline` is absolute on the clock; None is
+        The first `skip_blocks` of them are not touched. The pull of a higher `attempt` takes the transfer
+        over from one of a lower. `deadline` is absolute on the clock; None is
         `DEFAULT_PULL_SECONDS` from now. Raises TransferError, after which the blocks' content is
         undefined; ValueError for arguments that make no sense. Cancelling stops the writing before
         the cancellation is seen by the caller.
@@ -180,6 +190,7 @@ class Receiver:
             min(skip_blocks, needed),
             needed,
             self._clock() + DEFAULT_PULL_SECONDS if deadline is None else deadline,
+            attempt,
         )
         work = self._pull(source_address, source_te_id, source_incarnation, store, pull)
         task = asyncio.get_running_loop().create_task(work, name=f"kv-pull-{transfer_id}")
@@ -221,14 +232,14 @@ class Receiver:
                     outcome, failure = "internal", repr(error)
                     raise
                 finally:
-                    self._finish_later(peer, pull.transfer_id, failure)
+                    self._finish_later(peer, pull, failure)
         finally:
             metrics.TRANSFERS.labels(pull.transport, outcome).inc()
         seconds = self._clock() - started
         metrics.SECONDS.labels(pull.transport).observe(seconds)
         metrics.COPY_SECONDS.labels(pull.transport).observe(pull.copy_seconds)
         metrics.MOVES.labels(pull.transport).observe(pull.moves)
-        return PullResult(pull.bytes, pull.moves, pull.transport, seconds)
+        return PullResult(pull.bytes, pull.moves, pull.transport, seconds, pull.payload)
 
     # -- one pull -----------------------------------------------------------------------------
 
@@ -259,7 +270,7 @@ class Receiver:
             ) from error
 
     async def _run(self, peer: Peer, store: BlockStore, pull: _Pull) -> None:
-        local = self._local_end(store)
+        local = self._local_end(store, pull.attempt)
         try:
             handshake = await peer.connect(local, min(self._peer_timeout, self._left(pull)))
             try:
@@ -294,7 +305,9 @@ class Receiver:
     ) -> None:
         transport = peer.transport
         pull.transport = transport.name
-        request = pb.WatchRequest(transfer_id=pull.transfer_id, receiver=local.receiver, pool_id=pool_id)
+        request = pb.WatchRequest(
+            transfer_id=pull.transfer_id, receiver=local.receiver, pool_id=pool_id, attempt=pull.attempt
+        )
         call = peer.stub.Watch(request, metadata=self._metadata, timeout=self._left(pull))
         try:
             async for update in call:
@@ -303,6 +316,7 @@ class Receiver:
                         await self._copy(transport, local, store, pull, update.chunk)
                     case "complete":
                         self._check_complete(pull, update.complete)
+                        pull.payload = update.complete.payload
                         return
                     case "failed":
                         raise TransferError(code_of(update.failed.code), update.failed.message)
@@ -379,7 +393,7 @@ class Receiver:
 
     # -- around it ----------------------------------------------------------------------------
 
-    def _local_end(self, store: BlockStore) -> LocalEnd:
+    def _local_end(self, store: BlockStore, attempt: int) -> LocalEnd:
         if not self._host_identity and self._transports != "grpc":
             self._host_identity = host_identity(self._shm_dir)
         return LocalEnd(
@@ -394,22 +408,23 @@ class Receiver:
             self._peer_timeout,
             self._workers,
             self._streams,
+            attempt=attempt,
         )
 
     def _left(self, pull: _Pull) -> float:
         return max(0.0, pull.deadline - self._clock())
 
-    def _finish_later(self, peer: Peer, transfer_id: str, failure: str) -> None:
+    def _finish_later(self, peer: Peer, pull: _Pull, failure: str) -> None:
         """Sends the one Finish of a pull; the pull does not wait for it. Owned until `close`."""
         request = pb.FinishRequest(
-            transfer_id=transfer_id,
-            receiver=f"{self.te_id}/{self.incarnation}",
+            transfer_id=pull.transfer_id,
+            receiver=f"{self.te_id}/{self.incarnation}/{pull.attempt}",
             ok=not failure,
             reason=failure[:500],
         )
         self._peers.hold(peer)
         work = self._finish(peer, request)
-        task = asyncio.get_running_loop().create_task(work, name=f"kv-finish-{transfer_id}")
+        task = asyncio.get_running_loop().create_task(work, name=f"kv-finish-{pull.transfer_id}")
         self._finishes.add(task)
         task.add_done_callback(self._finishes.discard)
 

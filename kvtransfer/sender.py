@@ -1,12 +1,16 @@
 """The sender's registry of transfers: what is on offer, to whom, and until when.
 
     OFFERED --complete--> COMPLETE --> ACKED | ABORTED | EXPIRED
-       \\--------------------\\-------> ABORTED | WITHDRAWN
+       \\--------------------\\-------> ABORTED (once complete) | WITHDRAWN
 
 The engine's thread offers, announces, completes and withdraws; the gRPC service (an asyncio loop)
 claims, watches, reads, renews and finishes. All methods are thread-safe. Each offered transfer ends
 exactly once, and `on_released` is called exactly once with how, so blocks can neither leak nor be
 freed twice (the leaks of vLLM's and SGLang's connectors are the tests of this file).
+
+A transfer has one receiver at a time: the first that accesses it, until one of a later attempt watches
+it (the earlier executor died, or was given up). A receiver that gives up while the prefill still
+computes leaves the transfer unclaimed for the next: its failure is not the prefill's.
 
 The lease protects the sender against receivers that vanish: it starts when the transfer is
 complete (before that the prefill itself keeps it alive) and is extended by Renew and by each piece
@@ -63,11 +67,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a watcher has not seen yet. `tokens` set = complete; `failure` set = ended without it."""
+    """What a watcher has not seen yet, and how many announcements it will have seen then. `tokens` set =
+    complete, with `payload` for the receiver's engine; `failure` set = ended without it."""
 
     chunks: tuple[Chunk, ...] = ()
+    seen: int = 0
     tokens: int | None = None
     blocks: int = 0
+    payload: bytes = b""
     failure: TransferError | None = None
 
 
@@ -75,10 +82,12 @@ class Progress:
 class _Transfer:
     state: TransferState = TransferState.OFFERED
     receiver: str = ""
+    attempt: int = 0  # of the receiver
     chunks: list[Chunk] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     generations: dict[int, int] = field(default_factory=dict)  # of the announced blocks
     tokens: int = 0
+    payload: bytes = b""
     expires: float | None = None  # on the sender's clock; None until complete
 
 
@@ -192,8 +201,11 @@ class Sender:
             wakes = self._wakes_of(transfer_id)
         _call(wakes)
 
-    def complete(self, transfer_id: str, tokens: int) -> None:
-        """All is announced, `tokens` in all; the lease starts. Does nothing for a transfer that has ended."""
+    def complete(self, transfer_id: str, tokens: int, payload: bytes = b"") -> None:
+        """All is announced, `tokens` in all; the lease starts. `payload` goes to the receiver with it.
+
+        Does nothing for a transfer that has ended.
+        """
         with self._lock:
             transfer, store = self._transfers.get(transfer_id), self._store
             if transfer is None or store is None:
@@ -206,6 +218,7 @@ class Sender:
                 )
             transfer.state = TransferState.COMPLETE
             transfer.tokens = tokens
+            transfer.payload = payload
             transfer.expires = self._clock() + self.lease_seconds
             wakes = self._wakes_of(transfer_id)
         _call(wakes)
@@ -226,21 +239,43 @@ class Sender:
         with self._lock:
             return transfer_id in self._transfers or transfer_id in self._ended
 
-    def claim(self, transfer_id: str, receiver: str) -> None:
-        """Makes `receiver` the transfer's only one; repeatable. Raises TransferError otherwise."""
-        self._access(transfer_id, receiver)
+    def claim(self, transfer_id: str, receiver: str, attempt: int = 0) -> None:
+        """Makes `receiver` the transfer's only one; repeatable. One of a later `attempt` takes it over.
 
-    def progress(self, transfer_id: str, receiver: str, seen: int) -> Progress:
-        """What follows the first `seen` chunks, for the transfer's receiver. Never raises TransferError."""
+        Raises TransferError otherwise.
+        """
         try:
-            transfer = self._access(transfer_id, receiver)
+            self._access(transfer_id, receiver)
+        except TransferError as error:
+            if error.code is not TransferErrorCode.BUSY or not self._take_over(
+                transfer_id, receiver, attempt
+            ):
+                raise
+            return
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is not None:
+                transfer.attempt = max(transfer.attempt, attempt)
+
+    def progress(self, transfer_id: str, receiver: str, seen: int, attempt: int = 0) -> Progress:
+        """What follows the first `seen` announcements, joined where one follows the other, for the
+        transfer's receiver (see `claim`). Never raises TransferError."""
+        try:
+            self.claim(transfer_id, receiver, attempt)
+            with self._lock:
+                transfer = self._transfers.get(transfer_id)
+                if transfer is None:
+                    raise self._failure(transfer_id)
+                complete = transfer.state is TransferState.COMPLETE
+                return Progress(
+                    tuple(_joined(transfer.chunks[seen:])),
+                    len(transfer.chunks),
+                    transfer.tokens if complete else None,
+                    len(transfer.blocks),
+                    transfer.payload if complete else b"",
+                )
         except TransferError as error:
             return Progress(failure=error)
-        with self._lock:
-            complete = transfer.state is TransferState.COMPLETE
-            return Progress(
-                tuple(transfer.chunks[seen:]), transfer.tokens if complete else None, len(transfer.blocks)
-            )
 
     def subscribe(self, transfer_id: str, wake: Wake) -> None:
         """`wake` is called, on any thread, whenever the transfer changes; it may not exist yet."""
@@ -289,8 +324,9 @@ class Sender:
     def finish(self, transfer_id: str, receiver: str, ok: bool, reason: str = "") -> bool:
         """The receiver's terminal event. False: the transfer had ended before, or never was.
 
-        Raises TransferError(BUSY) if it is another receiver's, TransferError(ABORTED) for `ok` on a
-        transfer that is not complete: its receiver cannot have it all.
+        A receiver that fails while the prefill computes gives up its claim; the transfer goes on. Raises
+        TransferError(BUSY) if it is another receiver's, TransferError(ABORTED) for `ok` on a transfer
+        that is not complete: its receiver cannot have it all.
         """
         try:
             transfer = self._access(transfer_id, receiver)
@@ -303,6 +339,11 @@ class Sender:
                 TransferErrorCode.ABORTED,
                 f"transfer {transfer_id} is not complete: it cannot be acknowledged",
             )
+        if not ok and self._unclaim(transfer_id, receiver):
+            logger.info(
+                "transfer %s given up by %s before it was complete: %s", transfer_id, receiver, reason
+            )
+            return True
         state = TransferState.ACKED if ok else TransferState.ABORTED
         return self._end(transfer_id, state, reason or ("" if ok else "aborted by the receiver"))
 
@@ -363,6 +404,29 @@ class Sender:
             transfer.receiver = receiver
             return transfer
 
+    def _take_over(self, transfer_id: str, receiver: str, attempt: int) -> bool:
+        """Whether `receiver` has the transfer now, as the one of the latest attempt."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None or attempt <= transfer.attempt:
+                return False
+            logger.info("transfer %s goes from %s to %s", transfer_id, transfer.receiver, receiver)
+            transfer.receiver, transfer.attempt = receiver, attempt
+            wakes = self._wakes_of(transfer_id)  # the earlier watch ends
+        metrics.TAKEOVERS.inc()
+        _call(wakes)
+        return True
+
+    def _unclaim(self, transfer_id: str, receiver: str) -> bool:
+        """Whether the transfer is without a receiver now, because its prefill goes on."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None or transfer.state is not TransferState.OFFERED:
+                return False
+            if transfer.receiver == receiver:
+                transfer.receiver = ""
+            return True
+
     def _failure(self, transfer_id: str) -> TransferError:
         """Why a transfer cannot be used; under the lock."""
         state, reason = self._ended.get(transfer_id, (None, ""))
@@ -417,6 +481,20 @@ class Sender:
 
     def _wakes_of(self, transfer_id: str) -> tuple[Wake, ...]:
         return tuple(self._wakes.get(transfer_id, ()))
+
+
+def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks that continue each other as one: a receiver that comes late copies whole runs."""
+    joined: list[Chunk] = []
+    for chunk in chunks:
+        last = joined[-1] if joined else None
+        if last is not None and chunk.first_block == last.first_block + len(last.generations):
+            blocks = [*blocks_of(last.runs), *blocks_of(chunk.runs)]
+            generations = last.generations + chunk.generations
+            joined[-1] = Chunk(last.first_block, tuple(runs_of(blocks)), generations, chunk.tokens)
+        else:
+            joined.append(chunk)
+    return joined
 
 
 def _call(wakes: Iterable[Wake]) -> None:

@@ -221,15 +221,17 @@ class KVTransferService:
             seen = 0
             while True:
                 changed.clear()
-                progress = self.sender.progress(transfer_id, request.receiver, seen)
+                progress = self.sender.progress(transfer_id, request.receiver, seen, request.attempt)
                 for chunk in progress.chunks:
                     yield pb.TransferUpdate(chunk=_chunk_message(chunk))
-                seen += len(progress.chunks)
+                seen = progress.seen
                 if progress.failure is not None:
                     yield _failed(progress.failure)
                     return
                 if progress.tokens is not None:
-                    complete = pb.TransferComplete(tokens=progress.tokens, blocks=progress.blocks)
+                    complete = pb.TransferComplete(
+                        tokens=progress.tokens, blocks=progress.blocks, payload=progress.payload
+                    )
                     yield pb.TransferUpdate(complete=complete)
                     return
                 await changed.wait()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deepflow.v1 import common_pb2
-from deepflow.v1.worker_pb2 import TaskTimings
+from deepflow.v1.worker_pb2 import TaskDelta, TaskTimings
 
 from controlplane.jobs.records import AttemptRecord
 from controlplane.jobs.wire import KINDS
@@ -62,3 +62,11 @@ class Offer:
     processor_state: bytes
     since: float  # monotonic
     until: float  # monotonic: give up before the lease runs out
+
+
+@dataclass(slots=True)
+class Ahead:
+    """A decode placed while its prefill still computes, and what it said before that handed over."""
+
+    attempt: Attempt
+    held: list[TaskDelta] = field(default_factory=list)

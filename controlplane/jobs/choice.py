@@ -17,7 +17,7 @@ from deepflow.v1.common_pb2 import TaskError
 from deepflow.v1.worker_pb2 import TaskDelta
 
 from controlplane.jobs import metrics, wire
-from controlplane.jobs.attempt import Attempt, Offer
+from controlplane.jobs.attempt import Ahead, Attempt, Offer
 from controlplane.jobs.progress import Gap, Progress
 from controlplane.jobs.records import TaskRecord
 from controlplane.jobs.serving import ServingError
@@ -34,6 +34,9 @@ RETRY_AFTER_SECONDS = 1.0
 """Told to clients that met a full queue: placements turn over within seconds (ours)."""
 LEASE_SHARE = 0.5
 """Of a handover's lease that placement may use up; the rest is for the pull to begin (ours)."""
+MAX_AHEAD_DELTAS = 256
+"""Steps that a decode may be ahead of the news of its prefill's end: seconds of decoding, while both
+streams are read by one loop (ours)."""
 
 _EVENTS = {
     common_pb2.TASK_KIND_UNIFIED: TaskEvent.PLACE_UNIFIED,
@@ -55,6 +58,10 @@ class Host(Protocol):
         """It is HELD or in HANDOVER now: place it, at once or from the queue."""
         ...
 
+    def prefill_started(self, choice: Choice, opened: common_pb2.KVSource) -> None:
+        """Its transfer is open: a decode executor may be chosen already."""
+        ...
+
     def ended(self, choice: Choice) -> None: ...
 
 
@@ -67,6 +74,7 @@ class Choice:
         self.progress = Progress()
         self.attempts: list[Attempt] = []
         self.current: Attempt | None = None
+        self.ahead: Ahead | None = None  # beside `current`, a prefill: its decode, placed early
         self.offer: Offer | None = None
         self.mode: Mode | None = None  # as it was first placed
         # Placement.
@@ -78,6 +86,7 @@ class Choice:
         self.unplaced_reason = Reason.NO_EXECUTOR
         self.faults = 0
         self.refusals = 0
+        self._avoid: str | None = None  # where an early decode failed
         self._pauses = 0  # since the last progress
         self._stalled = False
         # What the client gets.
@@ -123,6 +132,16 @@ class Choice:
             metrics.PLACEMENT_SECONDS.labels(str(self.mode)).observe(host.now() - self.job.created)
         self.job.task_placed()
 
+    def placed_early(self, te_id: str, incarnation: str) -> None:
+        """The decode of the running prefill was submitted: it copies KV while that computes."""
+        attempt = Attempt(
+            self.next_attempt, common_pb2.TASK_KIND_DECODE, te_id, incarnation, "early", self._host.wall()
+        )
+        self.attempts.append(attempt)
+        self.ahead = Ahead(attempt)
+        metrics.PLACED.labels("decode", "early").inc()
+        self.job.changed()
+
     def release(self) -> None:
         """The leading sibling's prompt is cached now, or that sibling has ended."""
         now = self._host.now()
@@ -142,6 +161,9 @@ class Choice:
 
     def on_delta(self, te_id: str, delta: TaskDelta) -> None:
         attempt = self.current
+        if self.ahead is not None and delta.attempt == self.ahead.attempt.number:
+            self._on_ahead(self.ahead, te_id, delta)
+            return
         if attempt is None or delta.attempt != attempt.number:
             metrics.STALE.labels("attempt").inc()
             return
@@ -163,8 +185,12 @@ class Choice:
         self._deliver(attempt, delta, fresh.skip, fresh.tokens)
         if delta.finish:
             self._finished(attempt, delta)
+        elif delta.HasField("handover") and self.state is TaskState.PREFILLING and self.ahead is None:
+            self._host.prefill_started(self, delta.handover.source)
 
     def on_lost(self, te_id: str, attempt: int, reason: str) -> None:
+        if self.ahead is not None and self.ahead.attempt.number == attempt:
+            self._drop_ahead("executor_lost", tell=False)
         if self.current is not None and self.current.number == attempt:
             log.info("task %s lost with executor %s: %s", self.task_id, te_id, reason)
             self._fault("executor_lost", self.current)
@@ -196,6 +222,46 @@ class Choice:
 
     def fail(self, error: ServingError) -> None:
         self._end(TaskEvent.FAIL, "error", error=error, abort=error.code)
+
+    # -- a decode placed early ---------------------------------------------------------------------------
+
+    def _on_ahead(self, ahead: Ahead, te_id: str, delta: TaskDelta) -> None:
+        """Before its prefill has handed over: what it computed already waits, its failure costs nothing."""
+        if delta.finish == common_pb2.FINISH_REASON_ERROR and not ahead.held:
+            reason = wire.refusal(delta.error) or wire.code_name(delta.error)
+            log.info("task %s: the early decode on %s ended: %s", self.task_id, te_id, delta.error.message)
+            if delta.error.code == common_pb2.ERROR_CODE_OUT_OF_KV:
+                self.never.add(te_id)
+            self._drop_ahead(reason, tell=False)
+        elif len(ahead.held) >= MAX_AHEAD_DELTAS:
+            self._drop_ahead("too far ahead", tell=True)
+        else:
+            ahead.held.append(delta)
+
+    def _drop_ahead(self, reason: str, *, tell: bool) -> None:
+        """The prefill's hand-over, if it comes, is placed as if there had been no early decode."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None:
+            return
+        attempt = ahead.attempt
+        if tell:
+            self._host.abort(attempt.te_id, self.task_id, attempt.number, reason)
+        attempt.end(reason, self._host.wall())
+        metrics.HANDOVERS.labels("early_lost").inc()
+        self._avoid = attempt.te_id
+        self.job.changed()
+
+    def _promote(self, ahead: Ahead) -> None:
+        """The prefill has handed over: its decode, which has the KV or almost, is what counts now."""
+        self.ahead = None
+        self._go(TaskEvent.PLACE_DECODE)
+        self.current = ahead.attempt
+        self.progress.attempt = ahead.attempt.number
+        self._last_event = self._host.now()
+        metrics.HANDOVERS.labels("early").inc()
+        self.job.changed()
+        for delta in ahead.held:
+            self.on_delta(ahead.attempt.te_id, delta)
 
     # -- inside ------------------------------------------------------------------------------------------
 
@@ -268,6 +334,11 @@ class Choice:
         self.current = None
         self._go(TaskEvent.HAND_OVER)
         self.not_before = 0.0
+        if self.ahead is not None:
+            self._promote(self.ahead)
+            return
+        if self._avoid is not None:
+            self.excluded.add(self._avoid)
         self.job.changed()
         self._host.wants_place(self)
 
@@ -327,6 +398,7 @@ class Choice:
     def _again(self, reason: str, *, pause: bool, refused: bool = False) -> None:
         """Back to the queue with everything delivered so far."""
         host, request = self._host, self.job.request
+        self._drop_ahead(reason, tell=True)
         if self.current is not None:
             self.current.end(reason, host.wall())
             self.current = None
@@ -390,6 +462,7 @@ class Choice:
             return
         host = self._host
         self.ended_at = host.wall()
+        self._drop_ahead(abort or finish, tell=True)
         if self.current is not None:
             if abort is not None:
                 host.abort(self.current.te_id, self.task_id, self.current.number, abort)

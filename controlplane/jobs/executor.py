@@ -16,6 +16,8 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
+from deepflow.v1.common_pb2 import KVSource
+
 from controlplane.fleet.view import FleetView
 from controlplane.jobs import metrics, wire
 from controlplane.jobs.choice import RETRY_AFTER_SECONDS, Choice
@@ -141,6 +143,12 @@ class JobExecutor:
                 return
             choice.unplaced_reason = reason
         self._hold(choice)
+
+    def prefill_started(self, choice: Choice, opened: KVSource) -> None:
+        waiting = self._waiting.get(choice.job.request.model_revision, ())
+        handovers = sum(self._by_key[key].state is TaskState.HANDOVER for key in waiting)
+        outcome = self._placer.place_early(choice, opened, handovers_waiting=handovers)
+        metrics.EARLY.labels(outcome).inc()
 
     def ended(self, choice: Choice) -> None:
         self._unhold(choice)

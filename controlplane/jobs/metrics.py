@@ -11,6 +11,11 @@ REFUSED = Counter("deepflow_jobs_refused_total", "Requests refused at admission.
 REPLAYS = Counter("deepflow_jobs_replays_total", "Attempts that were placed again.", ["reason"])
 STALE = Counter("deepflow_jobs_stale_deltas_total", "Deltas or tokens ignored.", ["reason"])
 PLACED = Counter("deepflow_jobs_placements_total", "Submits to executors.", ["kind", "reason"])
+EARLY = Counter(
+    "deepflow_jobs_early_decodes_total",
+    "Prefills that started, by whether their decode executor was chosen then, and if not, why.",
+    ["outcome"],
+)
 HANDOVERS = Counter("deepflow_jobs_handovers_total", "Finished prefills by what became of them.", ["outcome"])
 IN_FLIGHT = Gauge("deepflow_jobs_tasks_in_flight", "Choices not ended.", multiprocess_mode="livesum")
 HELD = Gauge("deepflow_jobs_tasks_held", "Choices that wait for an executor.", multiprocess_mode="livesum")

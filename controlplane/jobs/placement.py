@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from deepflow.v1 import common_pb2
+from deepflow.v1.common_pb2 import KVSource
 from deepflow.v1.worker_pb2 import SubmitTask
 
 from controlplane.fleet.channel import LinkUnavailable
@@ -15,6 +16,7 @@ from controlplane.jobs import metrics, wire
 from controlplane.jobs.choice import Choice
 from controlplane.jobs.states import TaskState
 from controlplane.scheduling.decide import decide, decide_decode
+from controlplane.scheduling.early import Late, decide_early
 from controlplane.scheduling.types import (
     ClusterView,
     Decision,
@@ -63,6 +65,27 @@ class Placer:
             return None
         return Reason.BUSY
 
+    def place_early(self, choice: Choice, opened: KVSource, *, handovers_waiting: int) -> str:
+        """Submits the decode of a prefill that has started, if that is wise now; says what was decided."""
+        view = self._fleet.cluster_view(choice.job.request.model_revision)
+        request = self._request(choice, view, {opened.te_id}, decoding=True)
+        self._turn += 1
+        decision = decide_early(
+            view,
+            request,
+            self._policy,
+            Draw(self._turn, self._rng.getrandbits(32)),
+            prefill_te=opened.te_id,
+            handovers_waiting=handovers_waiting,
+        )
+        if isinstance(decision, Late):
+            return decision.reason
+        try:
+            self._submit(choice, decision, decoding=True, early=opened)
+        except LinkUnavailable:
+            return "the link to the decode executor is not up"
+        return "early"
+
     @staticmethod
     def _why(choice: Choice, view: ClusterView, reason: Reason, missed: set[str]) -> Reason:
         if missed:
@@ -76,8 +99,8 @@ class Placer:
         never = choice.never | missed
         prefer = None
         if decoding:
-            assert choice.offer is not None
-            never.add(choice.offer.te_id)
+            if choice.offer is not None:
+                never.add(choice.offer.te_id)
             prefer = job.sibling_decode if choice.index else None
         elif choice.index:
             prefer = job.sibling_executor
@@ -103,7 +126,9 @@ class Placer:
         most = len(choice.job.request.prompt) - 1
         return {te_id: min(blocks * block_tokens, most) for te_id, blocks in found.items()}
 
-    def _submit(self, choice: Choice, decision: Decision, *, decoding: bool) -> None:
+    def _submit(
+        self, choice: Choice, decision: Decision, *, decoding: bool, early: KVSource | None = None
+    ) -> None:
         if decoding:
             kind = common_pb2.TASK_KIND_DECODE
         elif decision.mode is Mode.DISAGGREGATED:
@@ -129,12 +154,19 @@ class Placer:
             priority=request.priority,
             timeout_ms=min(max(left_ms, 1), MAX_TIMEOUT_MS),
             traceparent=request.traceparent,
+            tell_start=kind == common_pb2.TASK_KIND_PREFILL and self._policy.early_decode,
+            early=early is not None,
         )
-        if decoding:
+        if early is not None:
+            task.kv_source.CopyFrom(early)
+        elif decoding:
             assert choice.offer is not None
             task.kv_source.CopyFrom(choice.offer.source)
             task.processor_state = choice.offer.processor_state
         tokens = len(request.prompt) + len(choice.output)
         uncached = 0 if decoding else max(0, tokens - decision.cached_tokens)
         self._fleet.submit(decision.te_id, decision.incarnation, task, choice, uncached_tokens=uncached)
-        choice.placed(kind, decision.te_id, decision.incarnation, decision.reason)
+        if early is not None:
+            choice.placed_early(decision.te_id, decision.incarnation)
+        else:
+            choice.placed(kind, decision.te_id, decision.incarnation, decision.reason)

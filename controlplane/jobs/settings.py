@@ -51,6 +51,17 @@ class RuntimeSettings(BaseModel):
         1.5, ge=1, description="A cached prefix is followed up to ratio x the shortest queue + slack."
     )
     affinity_slack_seconds: float = Field(1, ge=0)
+    early_decode: bool = Field(
+        True,
+        description="Decode executors are chosen when the prefill starts where the view says so, and copy "
+        "KV while it computes; else always at the hand-over.",
+    )
+    early_free_share: float = Field(
+        0.25, ge=0, le=1, description="Part of a decode executor's KV that an early choice must leave free."
+    )
+    early_horizon_seconds: float = Field(
+        5, ge=0, description="With several decode executors, longer prefills choose at the hand-over."
+    )
     max_step_age_seconds: float = Field(
         10, gt=0, description="An engine whose loop did not turn for so long gets no task; a step aims < 0.5."
     )
@@ -108,6 +119,9 @@ class RuntimeSettings(BaseModel):
             max_step_age_seconds=self.max_step_age_seconds,
             affinity_slack_seconds=self.affinity_slack_seconds,
             affinity_slack_ratio=self.affinity_slack_ratio,
+            early_decode=self.early_decode,
+            early_free_share=self.early_free_share,
+            early_horizon_seconds=self.early_horizon_seconds,
         )
 
     @property

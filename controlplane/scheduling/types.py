@@ -119,6 +119,13 @@ class Policy:
     default_step_seconds: float = 0.05
     decode_growth_tokens: int = 64
     """Room beyond the present length asked of a decode executor (ours: four blocks before preemption)."""
+    early_decode: bool = True
+    """A decode executor may be chosen when the prefill starts, so that the transfer runs beside it."""
+    early_free_share: float = 0.25
+    """Part of its pool that must stay free then: blocks held for a whole prefill must be spare (ours)."""
+    early_horizon_seconds: float = 5.0
+    """Where there is a choice of decode executors, prefills that take longer wait with it (ours: about the
+    time in which a decode executor's load turns over)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def _invalid(task: EngineTask, info: ModelInfo, can_hand_over: bool) -> str | No
     if task.adapter_id:
         return f"adapter {task.adapter_id!r}: adapters are not loaded"
     if task.kind is TaskKind.DECODE:
-        if len(output) == 0:
+        if len(output) == 0 and not task.early:
             return "a decode task needs the output token its prefill sampled"
         if task.kv_source is None:
             return "a decode task needs a kv_source"

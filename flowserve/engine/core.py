@@ -20,9 +20,10 @@ from flowserve.engine.admission import context_limit
 from flowserve.engine.budget import CostModel, StepShape
 from flowserve.engine.config import EngineConfig
 from flowserve.engine.scheduler import Plan, Scheduler, Work
-from flowserve.engine.sequence import Sequence, State
-from flowserve.engine.transfers import HandoverFailed, TransferLedger
+from flowserve.engine.sequence import Sequence, SequenceProcessor, State
+from flowserve.engine.transfers import HandoverFailed, TransferLedger, continue_after
 from flowserve.engine.types import (
+    EngineTask,
     ErrorCode,
     FinishReason,
     Handover,
@@ -62,8 +63,13 @@ class EngineCore:
         config: EngineConfig,
         handover: KVHandover | None,
         wake: Callable[[], None],
+        *,
+        make_processor: Callable[[EngineTask], SequenceProcessor | None] = lambda task: None,
     ) -> None:
-        """`wake` may be called from any thread when something that the core waits for is there."""
+        """`wake` may be called from any thread when something that the core waits for is there.
+
+        `make_processor` restores the processor of an early decode from what its prefill sent.
+        """
         self.info = info
         self.cache = cache
         self.config = config
@@ -75,6 +81,7 @@ class EngineCore:
         self.decode_seconds = 0.0  # per step, EWMA
         self._limit = context_limit(info, cache.num_blocks * cache.block_tokens)
         self._wake = wake
+        self._make_processor = make_processor
         self._deltas: list[TaskDelta] = []
 
     # -- commands --------------------------------------------------------------------------------
@@ -101,7 +108,7 @@ class EngineCore:
             if offer.sequence.task.owner == owner:
                 self.ledger.withdraw(offer, reason)
 
-    def pull_done(self, key: Key, error: TaskError | None, now: float) -> None:
+    def pull_done(self, key: Key, error: TaskError | None, now: float, payload: bytes = b"") -> None:
         pull = self.ledger.pull_done(key)
         if pull is None:
             log.warning("pull of %s ended twice", key)
@@ -112,11 +119,12 @@ class EngineCore:
         sequence = pull.sequence
         sequence.last_progress = now
         sequence.transfer_seconds = now - pull.since
+        sequence.state = State.RUNNING  # nothing writes its blocks any more
+        if error is None and sequence.task.early:
+            error = continue_after(sequence, payload, self.info.vocab_size, self._make_processor)
         if error is not None:
-            sequence.state = State.RUNNING  # nothing writes its blocks any more
             self.end(sequence, FinishReason.ERROR, now, error=error)
             return
-        sequence.state = State.RUNNING
         sequence.computed = sequence.pull_length
         self._commit(sequence)
         if not sequence.wants_tokens:
@@ -288,7 +296,12 @@ class EngineCore:
             if sequence.state is State.PULLING:
                 self.ledger.start_pull(sequence, sequence.committed, now)
             elif sequence.transfer_id is None and self._will_hand_over(sequence):
-                self.ledger.offer(sequence, now)
+                opened = self.ledger.offer(sequence, now)
+                if sequence.task.tell_start:
+                    task = sequence.task
+                    started = TaskDelta(task.task_id, task.attempt, task.owner, len(sequence.output))
+                    started.handover = Handover(opened.transfer_id, 0, opened.lease_seconds)
+                    self._deltas.append(started)
         except HandoverFailed as failure:
             self.end(sequence, FinishReason.ERROR, now, error=failure.error)
 

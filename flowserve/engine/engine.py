@@ -78,7 +78,9 @@ class Engine:
         self._on_event = on_event
         self._processor_factory = processor_factory
         self._clock = clock
-        self._core = EngineCore(executor.info, cache, config, handover, self.wake)
+        self._core = EngineCore(
+            executor.info, cache, config, handover, self.wake, make_processor=processor_factory
+        )
         self._cache = cache
         self._state = threading.RLock()  # the core and the cache; never held while a batch executes
         self._mail = threading.Condition()  # guards what is below, shortly
@@ -169,9 +171,12 @@ class Engine:
                 self._aborting.add(owner)
                 self._post(partial(self._abort_owner, owner))
 
-    def pull_done(self, task_id: str, attempt: int, error: TaskError | None = None) -> None:
-        """The one answer to `KVHandover.start_pull`: nothing writes the blocks any more."""
-        self._command(lambda: self._core.pull_done((task_id, attempt), error, self._clock()))
+    def pull_done(
+        self, task_id: str, attempt: int, error: TaskError | None = None, payload: bytes = b""
+    ) -> None:
+        """The one answer to `KVHandover.start_pull`: nothing writes the blocks any more. `payload` is what
+        the prefill's `KVHandover.complete` gave."""
+        self._command(lambda: self._core.pull_done((task_id, attempt), error, self._clock(), payload))
 
     def release_transfer(self, transfer_id: str, outcome: str) -> None:
         """The one answer to `KVHandover.offer`: no peer reads the blocks any more."""

@@ -202,7 +202,8 @@ class Scheduler:
         return match.device_prefix() if sequence.pulls else match
 
     def _reserve(self, sequence: Sequence, match: PrefixMatch) -> list[int] | None:
-        total = -(-len(sequence.tokens) // self._cache.block_tokens)
+        coming = int(sequence.pulls and sequence.task.early)  # the prefill's token
+        total = -(-(len(sequence.tokens) + coming) // self._cache.block_tokens)
         new = total - len(match)
         reserve = 0
         if self.running:

@@ -116,8 +116,8 @@ class Sequence:
 
     @property
     def pull_length(self) -> int:
-        """Tokens whose KV a decode task pulls: all but the last output token."""
-        return len(self.task.prompt) + len(self.task.output) - 1
+        """Tokens whose KV a decode task pulls: all but the last output token, which an early one has not."""
+        return len(self.task.prompt) + len(self.task.output) - (not self.task.early)
 
     @property
     def next_index(self) -> int:

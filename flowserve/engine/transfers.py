@@ -8,16 +8,19 @@ corrupt memory; never freeing is how they leak it (FlowKV section B3). Engine's 
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from flowserve.engine.sequence import Sequence
-from flowserve.engine.types import ErrorCode, Handover, KVHandover, PullRequest, TaskError
+from flowserve.engine.sequence import Sequence, SequenceProcessor
+from flowserve.engine.types import EngineTask, ErrorCode, Handover, KVHandover, PullRequest, TaskError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_TOKEN = struct.Struct("<I")
 
 
 class HandoverFailed(Exception):
@@ -49,8 +52,47 @@ class Pull:
     quarantined: list[int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What an early decode needs beside the KV: the token its prefill sampled, the processor's state."""
+
+    token: int
+    processor_state: bytes = b""
+
+    def encode(self) -> bytes:
+        return _TOKEN.pack(self.token) + self.processor_state
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Continuation:
+        """Raises ValueError for a payload without a token."""
+        if len(payload) < _TOKEN.size:
+            raise ValueError("the prefill's executor sent no token with its KV")
+        (token,) = _TOKEN.unpack_from(payload)
+        return cls(token, payload[_TOKEN.size :])
+
+
 def transfer_id_of(key: tuple[str, int]) -> str:
     return f"{key[0]}.{key[1]}"
+
+
+def continue_after(
+    sequence: Sequence,
+    payload: bytes,
+    vocab_size: int,
+    make_processor: Callable[[EngineTask], SequenceProcessor | None],
+) -> TaskError | None:
+    """Takes the prefill's token and processor into an early decode. The error to end it with, if any."""
+    try:
+        come = Continuation.decode(payload)
+        if come.token >= vocab_size:
+            raise ValueError(f"the prefill's token {come.token} is outside of the vocabulary of {vocab_size}")
+        if come.processor_state:
+            sequence.processor = make_processor(replace(sequence.task, processor_state=come.processor_state))
+    except ValueError as problem:
+        return TaskError(ErrorCode.KV_TRANSFER_FAILED, str(problem), retryable=True)
+    sequence.output.append(come.token)
+    sequence.tokens.append(come.token)
+    return None
 
 
 class TransferLedger:
@@ -75,12 +117,13 @@ class TransferLedger:
 
     # -- out -------------------------------------------------------------------------------------
 
-    def offer(self, sequence: Sequence, now: float) -> None:
+    def offer(self, sequence: Sequence, now: float) -> Offer:
         """Opens the transfer of a prefill that starts. Raises HandoverFailed."""
         transfer_id = transfer_id_of(sequence.key)
         lease = self._call("offer", lambda to: to.offer(transfer_id, sequence.task))
-        self.offers[transfer_id] = Offer(transfer_id, sequence, lease, now)
+        offer = self.offers[transfer_id] = Offer(transfer_id, sequence, lease, now)
         sequence.transfer_id = transfer_id
+        return offer
 
     def announce(self, sequence: Sequence, final: bool) -> None:
         """Tells the peer which blocks it may read now. Raises HandoverFailed.
@@ -102,8 +145,9 @@ class TransferLedger:
         """The whole KV is in place; the lease runs from now on. Raises HandoverFailed."""
         transfer_id = self._open(sequence)
         length = sequence.computed
-        self._call("complete", lambda to: to.complete(transfer_id, length))
         state = sequence.processor.state() if sequence.processor is not None else b""
+        payload = Continuation(sequence.output[-1], state).encode()
+        self._call("complete", lambda to: to.complete(transfer_id, length, payload))
         return Handover(transfer_id, length, self.offers[transfer_id].lease_seconds, state)
 
     def leave(self, sequence: Sequence, withdraw_reason: str | None) -> bool:

@@ -101,7 +101,8 @@ class EngineTask:
     `max_output_tokens` counts over all attempts. `deadline` is on the engine's clock (seconds), None = none.
     `owner` names the gateway incarnation: `Engine.abort_owner` ends all of its tasks.
     A DECODE task has at least one output token (the one its prefill sampled) and pulls KV for exactly
-    `len(prompt) + len(output) - 1` tokens.
+    `len(prompt) + len(output) - 1` tokens. An `early` one is placed while its prefill computes: it pulls
+    `len(prompt) + len(output)` tokens, and the prefill's token and processor state come with their last.
     """
 
     task_id: str
@@ -119,6 +120,8 @@ class EngineTask:
     kv_source: KVSource | None = None
     processor_state: bytes = b""
     traceparent: str = ""
+    tell_start: bool = False  # prefill: a delta with the handover's transfer when it starts
+    early: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -137,10 +140,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """A finished prefill's KV on offer to a decode executor."""
+    """A prefill's KV on offer to a decode executor."""
 
     transfer_id: str
-    length: int  # tokens whose KV is on offer
+    length: int  # tokens whose KV is on offer; 0 = the prefill has only started
     lease_seconds: float
     processor_state: bytes = b""
 
@@ -242,8 +245,8 @@ class KVHandover(Protocol):
         """Blocks from index `first_block` of the transfer on now hold KV; `tokens` are readable in all."""
         ...
 
-    def complete(self, transfer_id: str, tokens: int) -> None:
-        """Every announced block is final; the lease clock starts now."""
+    def complete(self, transfer_id: str, tokens: int, payload: bytes) -> None:
+        """Every announced block is final; the lease clock starts now. `payload` is for `Engine.pull_done`."""
         ...
 
     def withdraw(self, transfer_id: str, reason: str) -> None:

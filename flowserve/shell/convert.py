@@ -114,6 +114,8 @@ def task_of(message: pb.SubmitTask, owner: str, now: float) -> EngineTask:
         kv_source=source_of(message.kv_source) if message.HasField("kv_source") else None,
         processor_state=message.processor_state,
         traceparent=message.traceparent,
+        tell_start=message.tell_start,
+        early=message.early,
     )
 
 

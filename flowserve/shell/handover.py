@@ -38,13 +38,16 @@ class Puller(Protocol):
         length: int,
         skip_blocks: int = 0,
         deadline: float | None = None,
+        attempt: int = 0,
     ) -> PullResult: ...
 
 
 class TransferAnswers(Protocol):
     """What is told to `flowserve.engine.engine.Engine`."""
 
-    def pull_done(self, task_id: str, attempt: int, error: TaskError | None = None) -> None: ...
+    def pull_done(
+        self, task_id: str, attempt: int, error: TaskError | None = None, payload: bytes = b""
+    ) -> None: ...
 
     def release_transfer(self, transfer_id: str, outcome: str) -> None: ...
 
@@ -60,7 +63,7 @@ class Handover:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._group: asyncio.TaskGroup | None = None
         self._stopped = asyncio.Event()
-        self._pulls: dict[Key, asyncio.Task[TaskError | None]] = {}
+        self._pulls: dict[Key, asyncio.Task[TaskError | bytes]] = {}
 
     def attach(self, engine: TransferAnswers) -> None:
         """Answers go to `engine` from now on. Before the first task."""
@@ -90,8 +93,8 @@ class Handover:
     def announce(self, transfer_id: str, first_block: int, blocks: Sequence[int], tokens: int) -> None:
         self._sender().announce(transfer_id, first_block, blocks, tokens)
 
-    def complete(self, transfer_id: str, tokens: int) -> None:
-        self._sender().complete(transfer_id, tokens)
+    def complete(self, transfer_id: str, tokens: int, payload: bytes) -> None:
+        self._sender().complete(transfer_id, tokens, payload)
 
     def withdraw(self, transfer_id: str, reason: str) -> None:
         self._sender().withdraw(transfer_id, reason)
@@ -131,18 +134,21 @@ class Handover:
         if task is not None:
             task.cancel()
 
-    def _done(self, key: Key, task: asyncio.Task[TaskError | None]) -> None:
+    def _done(self, key: Key, task: asyncio.Task[TaskError | bytes]) -> None:
         del self._pulls[key]
         metrics.PULLS.set(len(self._pulls))
-        error = _lost("the pull was cancelled") if task.cancelled() else task.result()
-        self._answer(key, error)
+        self._answer(key, _lost("the pull was cancelled") if task.cancelled() else task.result())
 
-    def _answer(self, key: Key, error: TaskError | None) -> None:
-        if self._engine is not None:
-            self._engine.pull_done(*key, error)
+    def _answer(self, key: Key, result: TaskError | bytes) -> None:
+        if self._engine is None:
+            return
+        if isinstance(result, TaskError):
+            self._engine.pull_done(*key, result)
+        else:
+            self._engine.pull_done(*key, None, result)
 
-    async def _pull(self, request: PullRequest) -> TaskError | None:
-        """One pull; an error as a value, so that it cannot end the group."""
+    async def _pull(self, request: PullRequest) -> TaskError | bytes:
+        """One pull's payload; an error as a value, so that it cannot end the group."""
         source = request.source
         try:
             result = await self._puller.pull(
@@ -154,6 +160,7 @@ class Handover:
                 request.length,
                 request.skip_blocks,
                 request.deadline,
+                request.attempt,
             )
         except TransferError as error:
             log.warning("pull of %s from %s failed: %s", source.transfer_id, source.te_id, error)
@@ -169,7 +176,7 @@ class Handover:
             result.transport,
             result.seconds,
         )
-        return None
+        return result.payload
 
 
 def task_error(error: TransferError, has_deadline: bool) -> TaskError:

@@ -166,6 +166,7 @@ class Transfer:
     complete: bool = False
     withdrawn: str | None = None
     released: bool = False
+    payload: bytes = b""
 
 
 @dataclass
@@ -192,7 +193,7 @@ class Wire:
             gone = transfer is None or transfer.withdrawn is not None or transfer.released
             if fail or pull.cancelled or gone:
                 self._done(pull, TaskError(ErrorCode.KV_TRANSFER_FAILED, "injected", retryable=True))
-                if transfer is not None and not transfer.released:
+                if transfer is not None and not transfer.released and transfer.complete:
                     self.release(pull.request.source.transfer_id, "aborted")
                 continue
             assert transfer is not None
@@ -211,13 +212,13 @@ class Wire:
         done = max(pull.copied, request.skip_blocks) >= len(request.blocks)
         if done and transfer.complete:
             assert transfer.tokens >= request.length
-            self._done(pull, None)
+            self._done(pull, None, transfer.payload)
             if not self.hold_releases:
                 self.release(request.source.transfer_id, "acked")
 
-    def _done(self, pull: PendingPull, error: TaskError | None) -> None:
+    def _done(self, pull: PendingPull, error: TaskError | None, payload: bytes = b"") -> None:
         self.pulls.remove(pull)
-        pull.receiver.engine.pull_done(pull.request.task_id, pull.request.attempt, error)
+        pull.receiver.engine.pull_done(pull.request.task_id, pull.request.attempt, error, payload)
 
     def release(self, transfer_id: str, outcome: str) -> None:
         transfer = self.transfers[transfer_id]
@@ -266,11 +267,12 @@ class WireHandover:
         step = self.rig.store.layout.block_tokens
         assert (len(transfer.announced) - 1) * step < tokens <= len(transfer.announced) * step
 
-    def complete(self, transfer_id: str, tokens: int) -> None:
+    def complete(self, transfer_id: str, tokens: int, payload: bytes) -> None:
         self._check("complete")
         transfer = self.wire.transfers[transfer_id]
         assert transfer.tokens == tokens
         transfer.complete = True
+        transfer.payload = payload
 
     def withdraw(self, transfer_id: str, reason: str) -> None:
         self._check("withdraw")
@@ -294,6 +296,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     final: TaskDelta | None = None
     first: TaskDelta | None = None
+    missing: int = 0  # tokens before `tokens`: an early decode does not repeat its prefill's
 
 
 class Rig:
@@ -335,7 +338,7 @@ class Rig:
             if answer.first is None:
                 answer.first = delta
             if delta.tokens:
-                assert delta.start_index == len(answer.tokens)
+                assert delta.start_index == answer.missing + len(answer.tokens)
                 answer.tokens.extend(delta.tokens)
             if delta.finish is not None:
                 assert (delta.finish is FinishReason.ERROR) == (delta.error is not None)
@@ -349,7 +352,7 @@ class Rig:
 
     def submit(self, task: EngineTask) -> Answer:
         self.engine.submit(task)
-        answer = self.answers[task.key] = Answer(tokens=list(task.output))
+        answer = self.answers[task.key] = Answer(tokens=list(task.output), missing=int(task.early))
         return answer
 
     def step(self, turns: int = 1) -> None:

@@ -10,6 +10,9 @@ KV transfer between task executors: the receiver pulls.
   Renew      ------------------------------>  extends the lease while it copies
   Finish(ok | aborted) -------------------->  the one terminal event; blocks are released
 
+A pull may begin while the prefill computes: chunks are then copied as they are announced. One that
+gives up before the transfer is complete leaves it to the next; nothing is lost but its own copies.
+
 A lease that runs out releases the blocks too. Block generations let either side notice that a
 block was reused while it was being read.
 """
@@ -277,21 +280,25 @@ class WatchRequest(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     RECEIVER_FIELD_NUMBER: _builtins.int
     POOL_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     receiver: _builtins.str
-    """te_id/incarnation of the puller: a transfer has one"""
+    """names one pull: a transfer has one puller at a time"""
     pool_id: _builtins.str
     """of the handshake; another pool's watch fails with STALE_POOL"""
+    attempt: _builtins.int
+    """of the task that pulls: a higher one takes the transfer over"""
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         receiver: _builtins.str = ...,
         pool_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "receiver", b"receiver", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "pool_id", b"pool_id", "receiver", b"receiver", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,17 +374,21 @@ class TransferComplete(_message.Message):
 
     TOKENS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
     blocks: _builtins.int
+    payload: _builtins.bytes
+    """for the puller's engine: what follows the KV (first token, sampler state)"""
     def __init__(
         self,
         *,
         tokens: _builtins.int = ...,
         blocks: _builtins.int = ...,
+        payload: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "payload", b"payload", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,9 @@ KV transfer between task executors: the receiver pulls.
   Renew      ------------------------------>  extends the lease while it copies
   Finish(ok | aborted) -------------------->  the one terminal event; blocks are released
 
+A pull may begin while the prefill computes: chunks are then copied as they are announced. One that
+gives up before the transfer is complete leaves it to the next; nothing is lost but its own copies.
+
 A lease that runs out releases the blocks too. Block generations let either side notice that a
 block was reused while it was being read.
 """

@@ -127,6 +127,8 @@ class SubmitTask(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     KV_SOURCE_FIELD_NUMBER: _builtins.int
     PROCESSOR_STATE_FIELD_NUMBER: _builtins.int
+    TELL_START_FIELD_NUMBER: _builtins.int
+    EARLY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     kind: _common_pb2.TaskKind.ValueType
@@ -148,6 +150,10 @@ class SubmitTask(_message.Message):
     traceparent: _builtins.str
     processor_state: _builtins.bytes
     """logit processors' state after output_tokens"""
+    tell_start: _builtins.bool
+    """prefill tasks: send a delta with the handover when it starts"""
+    early: _builtins.bool
+    """decode tasks: the prefill still runs, its token comes with its KV"""
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
@@ -172,10 +178,12 @@ class SubmitTask(_message.Message):
         traceparent: _builtins.str = ...,
         kv_source: _common_pb2.KVSource | None = ...,
         processor_state: _builtins.bytes = ...,
+        tell_start: _builtins.bool = ...,
+        early: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "attempt", b"attempt", "cache_salt", b"cache_salt", "kind", b"kind", "kv_source", b"kv_source", "max_output_tokens", b"max_output_tokens", "model_revision", b"model_revision", "output_tokens", b"output_tokens", "priority", b"priority", "processor_state", b"processor_state", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "task_id", b"task_id", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "attempt", b"attempt", "cache_salt", b"cache_salt", "early", b"early", "kind", b"kind", "kv_source", b"kv_source", "max_output_tokens", b"max_output_tokens", "model_revision", b"model_revision", "output_tokens", b"output_tokens", "priority", b"priority", "processor_state", b"processor_state", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "task_id", b"task_id", "tell_start", b"tell_start", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,7 +337,7 @@ class TaskDelta(_message.Message):
     def error(self) -> _common_pb2.TaskError: ...
     @_builtins.property
     def handover(self) -> Global___Handover:
-        """with FINISH_REASON_HANDOVER"""
+        """with FINISH_REASON_HANDOVER; before it: the transfer was opened"""
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
@@ -440,7 +448,7 @@ class Handover(_message.Message):
     LEASE_MS_FIELD_NUMBER: _builtins.int
     PROCESSOR_STATE_FIELD_NUMBER: _builtins.int
     length: _builtins.int
-    """prompt tokens whose KV is on offer"""
+    """tokens whose KV is on offer; 0 = the prefill has only started"""
     lease_ms: _builtins.int
     processor_state: _builtins.bytes
     """after the first token"""

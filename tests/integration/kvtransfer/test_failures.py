@@ -179,13 +179,39 @@ async def test_a_slow_receiver_keeps_its_lease(tmp_path: Path) -> None:
         assert await host.outcome("t") == "acked"
 
 
-async def test_a_deadline_ends_a_pull_and_frees_the_sender(tmp_path: Path) -> None:
-    async with serving(tmp_path) as host, receiving(tmp_path) as (receiver, _pool):
+async def test_a_deadline_ends_a_pull_and_leaves_a_running_prefill_to_the_next(tmp_path: Path) -> None:
+    async with serving(tmp_path) as host, receiving(tmp_path) as (receiver, pool):
         host.sender.offer("t")
         started = time.monotonic()
-        await failing(host.pull(receiver, "t", [1], 16, deadline=started + 0.2), Code.DEADLINE)
+        await failing(host.pull(receiver, "t", [1], 16, deadline=started + 0.2, attempt=2), Code.DEADLINE)
         assert time.monotonic() - started < 1
-        assert await host.outcome("t") == "aborted"
+        await asyncio.sleep(0.2)  # its Finish arrives
+        assert host.released == [] and host.sender.active == 1
+        host.sender.announce("t", 0, [1], 16)
+        host.sender.complete("t", 16)
+        await host.pull(receiver, "t", [5], 16, attempt=3)
+        assert block_bytes(pool, [5]) == block_bytes(host.pool, [1])
+        assert await host.outcome("t") == "acked"
+
+
+async def test_a_killed_receivers_transfer_is_taken_over_by_the_next_attempt(tmp_path: Path) -> None:
+    """Nobody says that the first receiver is gone: its claim must not keep the second one out."""
+    async with (
+        serving(tmp_path) as host,
+        receiving(tmp_path) as (first, _),
+        receiving(tmp_path, te_id="te-other") as (second, pool),
+    ):
+        host.sender.offer("t")
+        host.sender.announce("t", 0, [1], 16)
+        pulling = asyncio.create_task(host.pull(first, "t", [1, 2], 32, attempt=2))
+        await asyncio.sleep(0.1)
+        late = asyncio.create_task(host.pull(second, "t", [8, 9], 32, attempt=3))
+        await failing(pulling, Code.BUSY)
+        host.sender.announce("t", 1, [2], 32)
+        host.sender.complete("t", 32, b"state")
+        assert (await late).payload == b"state"
+        assert block_bytes(pool, [8, 9]) == block_bytes(host.pool, [1, 2])
+        assert await host.outcome("t") == "acked"
 
 
 async def test_a_deadline_in_the_past_still_frees_the_sender(tmp_path: Path) -> None:
@@ -245,7 +271,7 @@ async def test_detaching_the_pool_ends_pulls_with_an_error(tmp_path: Path) -> No
         await receiver.detach_store()
         await failing(pulling, Code.ABORTED)
         await failing(host.pull(receiver, "t", [1], 16), Code.INTERNAL)
-        assert await host.outcome("t") == "aborted"
+        assert host.released == [] and host.sender.active == 1  # the prefill computes on
 
 
 # -- refusals ------------------------------------------------------------------------------------
@@ -297,8 +323,9 @@ async def test_pulls_beyond_the_bounds_are_refused(tmp_path: Path) -> None:
         serving(tmp_path) as host,
         receiving(tmp_path, max_pulls=1, max_waiting=1) as (receiver, _pool),
     ):
-        for name in "abc":
+        for name in "ab":
             host.sender.offer(name)
+        host.offer_all("c", [2], 16)
         running = [asyncio.create_task(host.pull(receiver, name, [1], 16)) for name in "ab"]
         await asyncio.sleep(0.1)
         await failing(host.pull(receiver, "c", [1], 16), Code.BUSY)

@@ -122,12 +122,55 @@ def test_an_incomplete_transfer_cannot_be_acknowledged(bench: Bench) -> None:
     with pytest.raises(TransferError) as raised:
         bench.sender.finish("a", "r1", ok=True)
     assert code(raised) is TransferErrorCode.ABORTED
+    assert bench.released == []
+
+
+def test_a_receiver_that_gives_up_early_leaves_the_transfer_to_the_next(bench: Bench) -> None:
+    bench.sender.offer("a")
+    bench.sender.announce("a", 0, [1], 4)
+    assert bench.sender.progress("a", "r1", 0, attempt=2).chunks
     assert bench.sender.finish("a", "r1", ok=False, reason="not wanted")
+    assert bench.released == []
+    assert bench.sender.progress("a", "r2", 0, attempt=1).failure is None
+    bench.sender.complete("a", 4, b"token")
+    assert bench.sender.progress("a", "r2", 0, attempt=1).payload == b"token"
+    assert bench.sender.finish("a", "r2", ok=False)  # complete: now its end is the transfer's
     assert bench.released == [("a", "aborted")]
-    bench.sender.announce("a", 0, [1], 4)  # the engine has not heard of it yet
-    bench.sender.complete("a", 4)
-    progress = bench.sender.progress("a", "r1", 0)
+    bench.sender.withdraw("a", "late")
+    progress = bench.sender.progress("a", "r2", 0, attempt=1)
     assert progress.failure is not None and progress.failure.code is TransferErrorCode.ABORTED
+
+
+def test_a_later_attempt_takes_over_from_a_receiver_that_is_gone(bench: Bench) -> None:
+    bench.offer_all("a")
+    assert bench.sender.progress("a", "dead", 0, attempt=2).failure is None
+    woken: list[str] = []
+    bench.sender.subscribe("a", lambda: woken.append("dead"))
+    assert bench.sender.progress("a", "same", 0, attempt=2).failure is not None
+    assert bench.sender.progress("a", "next", 0, attempt=3).failure is None
+    assert woken == ["dead"]
+    for late in (
+        lambda: bench.sender.finish("a", "dead", ok=False),
+        lambda: bench.sender.renew("a", "dead"),
+        lambda: bench.sender.claim("a", "dead", 2),
+    ):
+        with pytest.raises(TransferError) as raised:
+            late()
+        assert code(raised) is TransferErrorCode.BUSY
+    assert bench.sender.finish("a", "next", ok=True)
+    assert bench.released == [("a", "acked")]
+
+
+def test_announcements_that_follow_each_other_are_read_as_one_run(bench: Bench) -> None:
+    bench.sender.offer("a")
+    bench.sender.announce("a", 0, [4, 5], 8)
+    assert bench.sender.progress("a", "r1", 0).seen == 1
+    bench.sender.announce("a", 2, [6], 12)
+    bench.sender.announce("a", 3, [9], 16)
+    late = bench.sender.progress("a", "r1", 0)
+    assert (late.seen, [c.runs for c in late.chunks]) == (3, [(Run(4, 3), Run(9, 1))])
+    assert (late.chunks[0].first_block, late.chunks[0].tokens, len(late.chunks[0].generations)) == (0, 16, 4)
+    assert [c.runs for c in bench.sender.progress("a", "r1", 1).chunks] == [(Run(6, 1), Run(9, 1))]
 
 
 def test_a_partly_filled_block_may_be_announced_again(bench: Bench) -> None:
@@ -252,6 +295,8 @@ class ExactlyOneEnd(RuleBasedStateMachine):
             )
         else:
             assert first == lived
+            if lived and not ok and transfer_id not in self.complete:
+                assert transfer_id in self.living()  # given up: the prefill goes on
 
     @rule(transfer_id=transfers, receiver=st.sampled_from(["r1", "r2"]))
     def renew(self, transfer_id: str, receiver: str) -> None:
@@ -267,9 +312,9 @@ class ExactlyOneEnd(RuleBasedStateMachine):
     def withdraw(self, transfer_id: str) -> None:
         self.bench.sender.withdraw(transfer_id, "over")
 
-    @rule(transfer_id=transfers, receiver=st.sampled_from(["r1", "r2"]))
-    def watch(self, transfer_id: str, receiver: str) -> None:
-        progress = self.bench.sender.progress(transfer_id, receiver, 0)
+    @rule(transfer_id=transfers, receiver=st.sampled_from(["r1", "r2"]), attempt=st.integers(0, 5))
+    def watch(self, transfer_id: str, receiver: str, attempt: int) -> None:
+        progress = self.bench.sender.progress(transfer_id, receiver, 0, attempt)
         assert progress.failure is None or progress.tokens is None
 
     @rule(seconds=st.floats(0, 2 * LEASE))

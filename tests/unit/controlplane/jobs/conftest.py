@@ -60,6 +60,12 @@ class Submitted:
         )
         self.delta([token], finish=common_pb2.FINISH_REASON_HANDOVER, handover=handover)
 
+    def start(self) -> None:
+        """A prefill that was asked to tells that its transfer is open."""
+        assert self.task.tell_start
+        source = common_pb2.KVSource(transfer_id=f"{self.task.task_id}.{self.task.attempt}", te_id=self.te_id)
+        self.delta(handover=worker_pb2.Handover(source=source, lease_ms=30_000))
+
     def error(self, code: int, *, retryable: bool = False) -> None:
         error = common_pb2.TaskError(code=code, message="scripted", retryable=retryable)  # type: ignore[arg-type]
         self.delta(finish=common_pb2.FINISH_REASON_ERROR, error=error)

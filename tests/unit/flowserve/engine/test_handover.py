@@ -376,3 +376,101 @@ def test_without_a_transfer_side_only_unified_tasks_are_taken() -> None:
     with pytest.raises(TaskRejected) as refused:
         rig.submit(make_task([1, 2], kind=TaskKind.PREFILL))
     assert refused.value.error.code is ErrorCode.INVALID_ARGUMENT
+
+
+def early(pair: Pair, prompt: list[int], max_output: int = 10, **fields: object) -> Answer:
+    """A decode submitted while its prefill computes."""
+    return pair.decode(prompt, [], max_output, early=True, **fields)
+
+
+@pytest.mark.parametrize("length", [3, 16, 31, 65])
+def test_an_early_decode_copies_chunks_while_the_next_is_computed(length: int) -> None:
+    pair = Pair(batch=8)
+    prompt = tokens_of(7, length)
+    first = pair.prefill(prompt, tell_start=True)
+    pair.p.step()
+    assert first.first.handover is not None and first.first.finish is None
+    assert (first.first.handover.transfer_id, first.first.handover.length) == ("t.0", 0)
+    second = early(pair, prompt)
+    while first.final is None:
+        pair.d.step()
+        pair.wire.pump()
+        transfer = pair.wire.transfers["t.0"]
+        assert pair.wire.pulls[0].copied == len(transfer.announced), "nothing announced is left to copy"
+        assert not second.tokens
+        pair.p.step()
+    pair.d.step()
+    pair.wire.pump()
+    pair.d.run(second)
+    assert first.tokens + second.tokens == expected_output(prompt, 10)[0]
+    pair.p.step()
+    pair.assert_clean()
+
+
+def test_an_early_decode_whose_prefill_fails_ends_with_a_retryable_error() -> None:
+    pair = Pair(batch=8)
+    prompt = tokens_of(1, 40)
+    pair.prefill(prompt)
+    pair.p.step(2)
+    second = early(pair, prompt)
+    pair.d.step()
+    pair.wire.pump()
+    pair.p.engine.abort("t", 0, "client left")
+    pair.p.step()
+    pair.wire.pump()
+    pair.d.run(second)
+    assert second.final.error.code is ErrorCode.KV_TRANSFER_FAILED and second.final.error.retryable
+    pair.p.step()
+    pair.assert_clean()
+
+
+def test_an_early_decode_that_fails_leaves_the_prefill_to_another() -> None:
+    pair = Pair(batch=8)
+    prompt = tokens_of(1, 40)
+    first = pair.prefill(prompt)
+    pair.p.step(2)
+    failed = early(pair, prompt)
+    pair.d.step()
+    pair.wire.pump(fail=True)
+    pair.d.run(failed)
+    pair.p.run(first)
+    assert first.final.finish is FinishReason.HANDOVER
+    late = pair.decode(prompt, first.tokens, attempt=1)
+    pair.d.step()
+    pair.wire.pump()
+    pair.d.run(late)
+    assert late.tokens == expected_output(prompt, 10)[0]
+    pair.p.step()
+    pair.assert_clean()
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff\xff\xff\xff"])
+def test_an_early_decode_without_a_usable_token_is_retried(payload: bytes) -> None:
+    pair = Pair()
+    prompt = tokens_of(1, 9)
+    pair.prefill(prompt)
+    second = early(pair, prompt)
+    pair.p.run(*(a for k, a in pair.p.answers.items()))
+    pair.wire.transfers["t.0"].payload = payload
+    pair.d.step()
+    pair.wire.pump()
+    pair.d.run(second)
+    assert second.final.error.code is ErrorCode.KV_TRANSFER_FAILED and second.final.error.retryable
+    pair.p.step()
+    pair.assert_clean()
+
+
+def test_an_early_decode_holds_the_block_of_its_first_token() -> None:
+    """A prompt that fills its blocks needs one more as soon as the prefill's token is known."""
+    pair = Pair(blocks_d=5)
+    prompt = tokens_of(1, 16)
+    pair.prefill(prompt)
+    second = early(pair, prompt, max_output=4)
+    pair.d.step()
+    assert pair.d.cache.held_blocks == 5
+    pair.p.run(*pair.p.answers.values())
+    pair.wire.pump()
+    pair.d.run(second)
+    assert second.final.finish is FinishReason.LENGTH and second.final.timings.preemptions == 0
+    pair.p.step()
+    pair.assert_clean()

@@ -22,7 +22,9 @@ class Answers:
         self.pulls: list[tuple[str, TaskError | None]] = []
         self.released: list[tuple[str, str]] = []
 
-    def pull_done(self, task_id: str, attempt: int, error: TaskError | None = None) -> None:
+    def pull_done(
+        self, task_id: str, attempt: int, error: TaskError | None = None, payload: bytes = b""
+    ) -> None:
         self.pulls.append((task_id, error))
 
     def release_transfer(self, transfer_id: str, outcome: str) -> None:
@@ -85,7 +87,7 @@ async def test_a_pull_that_worked_is_answered_once_without_an_error() -> None:
         puller.gate.set()
         await until(lambda: answers.pulls)
     assert answers.pulls == [("t", None)]
-    assert puller.calls == [("127.0.0.1:1", "te-p", "i1", "p.1", (4, 5), 30, 1, None)]
+    assert puller.calls == [("127.0.0.1:1", "te-p", "i1", "p.1", (4, 5), 30, 1, None, 1)]
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,8 @@ async def test_offers_go_to_the_sender_and_their_end_to_the_engine() -> None:
         def announce(self, transfer_id: str, first: int, blocks: Sequence[int], tokens: int) -> None:
             calls.append(("announce", transfer_id, first, tuple(blocks), tokens))
 
-        def complete(self, transfer_id: str, tokens: int) -> None:
-            calls.append(("complete", transfer_id, tokens))
+        def complete(self, transfer_id: str, tokens: int, payload: bytes) -> None:
+            calls.append(("complete", transfer_id, tokens, payload))
 
         def withdraw(self, transfer_id: str, reason: str) -> None:
             calls.append(("withdraw", transfer_id, reason))
@@ -170,13 +172,13 @@ async def test_offers_go_to_the_sender_and_their_end_to_the_engine() -> None:
     handover.attach(answers)
     assert handover.offer("t.1", task) == 30.0
     handover.announce("t.1", 0, [3, 4], 20)
-    handover.complete("t.1", 20)
+    handover.complete("t.1", 20, b"token")
     handover.withdraw("t.1", "why")
     handover.released("t.1", "withdrawn")
     assert calls == [
         ("offer", "t.1"),
         ("announce", "t.1", 0, (3, 4), 20),
-        ("complete", "t.1", 20),
+        ("complete", "t.1", 20, b"token"),
         ("withdraw", "t.1", "why"),
     ]
     assert answers.released == [("t.1", "withdrawn")]
