@@ -341,4 +341,4 @@ async def test_a_drain_lets_tasks_and_offers_finish_and_then_exits(
     assert await target.stop() == 0
     await executors.remote.stop()
     assert not list(folder.glob("*.json"))
-    assert len(list(folder.glob("*.sock"))) == 1  # of the one that was killed
+    assert len({path.name.partition(".")[0] for path in folder.glob("*.sock")}) == 1  # of the killed one
