@@ -23,13 +23,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     extensions.append(
         Extension(
             "flowserve.devices.native._llama_cpu",
-            sources=["flowserve/devices/native/llama_cpu.cpp"],
+            sources=[f"flowserve/devices/native/{name}.cpp" for name in ("llama_cpu", "llama_avx2")],
             depends=[
-                f"flowserve/devices/native/{name}.h" for name in ("attention", "gemm", "simd", "threads")
+                f"flowserve/devices/native/{name}.h"
+                for name in ("api", "attention", "gemm", "panels", "simd", "step", "threads", "tiles")
             ],
             language="c++",
             # AVX2 and FMA are the floor; the loader asks the processor before the first call.
-            extra_compile_args=["-O3", "-std=c++17", "-mavx2", "-mfma", "-pthread", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-pthread", "-fvisibility=hidden"],
             extra_link_args=["-pthread"],
             optional=True,
         )

@@ -5,7 +5,7 @@
 
 enum { KEY_TILE = 128, QUERY_ROWS = 24, HEAD_DIM_MAX = 256, PAGE = 16 };
 
-// Where one KV head of one layer lies: page p of a sequence starts at base + table[p] * page_stride.
+// Where one KV head of one layer lies: page p of a sequence starts at base + table[p] * block_stride.
 template <class KV>
 struct Pages {
   const KV *keys, *values;
@@ -18,13 +18,34 @@ struct Pages {
   }
 };
 
-// Sixteen keys of `dim` to [dim][16] floats.
+// Sixteen dimensions as two registers, in the order that is cheapest to read: bf16 pairs come apart into
+// even and odd ones. Sums are kept in that order and put right at the end.
+static DF_INLINE void load_pair(const float* p, __m256 out[2]) { out[0] = load8(p), out[1] = load8(p + 8); }
+static DF_INLINE void load_pair(const bf16* p, __m256 out[2]) {
+  const __m256i raw = load16(p);
+  out[0] = even(raw), out[1] = odd(raw);
+}
+static DF_INLINE int arranged(const float*, int i) { return i; }
+static DF_INLINE int arranged(const bf16*, int i) { return i / 16 * 16 + i % 2 * 8 + i % 16 / 2; }
+
+// Part `index` of a page that is needed soon: `dims` dimensions of sixteen tokens. Spread over the work on
+// another page, because a burst of requests fills the core's miss buffers and then holds everything up.
+template <class KV>
+static DF_INLINE void prefetch_part(const KV* page, int dims, int index) {
+  const size_t bytes = sizeof(KV) * PAGE * dims;
+  const char* p = reinterpret_cast<const char*>(page) + bytes * index;
+  for (size_t at = 0; at < bytes; at += 64) _mm_prefetch(p + at, _MM_HINT_T0);
+}
+
+// Sixteen keys, turned: word w of all keys side by side, [words][16]. A word is one float or two bf16.
 template <class KV>
 static DF_INLINE void transpose_page(const KV* keys, int dim, float* out) {
+  const int words = dim * static_cast<int>(sizeof(KV)) / 4;
+  const float* in = reinterpret_cast<const float*>(keys);
   for (int t = 0; t < PAGE; t += 8) {
-    for (int d = 0; d < dim; d += 8) {
+    for (int w = 0; w < words; w += 8) {
       __m256 r[8], u[8];
-      for (int i = 0; i < 8; i++) r[i] = load8(keys + static_cast<size_t>(t + i) * dim + d);
+      for (int i = 0; i < 8; i++) r[i] = load8(in + static_cast<size_t>(t + i) * words + w);
       for (int i = 0; i < 8; i += 2) {
         u[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         u[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -36,52 +57,110 @@ static DF_INLINE void transpose_page(const KV* keys, int dim, float* out) {
         r[i + 3] = _mm256_shuffle_ps(u[i + 1], u[i + 3], 0xee);
       }
       for (int i = 0; i < 4; i++) {
-        _mm256_store_ps(out + (d + i) * PAGE + t, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_store_ps(out + (d + i + 4) * PAGE + t, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        _mm256_store_ps(out + (w + i) * PAGE + t, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_store_ps(out + (w + i + 4) * PAGE + t, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
       }
     }
   }
 }
 
-template <int M>
-static DF_INLINE void score_rows(const float* const* q, const float* keys, int dim, float (*scores)[KEY_TILE],
-                                 int column) {
-  __m256 c[M][2];
-  for (int i = 0; i < M; i++) c[i][0] = c[i][1] = _mm256_setzero_ps();
-  for (int d = 0; d < dim; d++) {
-    const __m256 k0 = _mm256_load_ps(keys + d * PAGE), k1 = _mm256_load_ps(keys + d * PAGE + 8);
-#pragma GCC unroll 6
-    for (int i = 0; i < M; i++) {
-      const __m256 x = _mm256_broadcast_ss(q[i] + d);
-      c[i][0] = _mm256_fmadd_ps(x, k0, c[i][0]);
-      c[i][1] = _mm256_fmadd_ps(x, k1, c[i][1]);
-    }
-  }
-  for (int i = 0; i < M; i++) {
-    _mm256_store_ps(&scores[i][column], c[i][0]);
-    _mm256_store_ps(&scores[i][column + 8], c[i][1]);
-  }
+// Dimension d of eight keys from a turned page.
+static DF_INLINE __m256 load_turned(const float* page, int d, int eight, const float*) {
+  return _mm256_load_ps(page + d * PAGE + eight);
+}
+static DF_INLINE __m256 load_turned(const float* page, int d, int eight, const bf16*) {
+  const __m256i raw = _mm256_load_si256(reinterpret_cast<const __m256i*>(page + d / 2 * PAGE + eight));
+  return d % 2 ? odd(raw) : even(raw);
 }
 
-// out[i][0..31] += sum over tokens of weight * value, 32 dimensions at a time.
+// Read where it is used: kept in registers the weights would push out sums, and a sum that goes through
+// memory takes twice as long as its multiply.
+static DF_INLINE __m256 broadcast_now(const float* p) {
+  __m256 v;
+  asm volatile("vbroadcastss %1, %0" : "=x"(v) : "m"(*p));
+  return v;
+}
+
+// M rows against a turned page. Up to three rows keep two sums each, so that enough multiplies are in flight.
 template <int M, class KV>
-static DF_INLINE void weigh_rows(const KV* values, int tokens, int dim, const float (*weights)[KEY_TILE], int column,
+static DF_INLINE void score_rows(const float* const* q, const float* page, const KV* soon, int dim,
+                                 float (*scores)[KEY_TILE], int column) {
+  enum { CHAINS = M <= 3 ? 2 : 1 };
+  __m256 c[M][2][CHAINS];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 2; j++)
+      for (int n = 0; n < CHAINS; n++) c[i][j][n] = _mm256_setzero_ps();
+  for (int d = 0; d < dim; d += 2) {
+    prefetch_part(soon, 2, d / 2);
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; n++) {
+      const __m256 left = load_turned(page, d + n, 0, soon), right = load_turned(page, d + n, 8, soon);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; i++) {
+        const __m256 x = broadcast_now(q[i] + d + n);
+        c[i][0][n % CHAINS] = _mm256_fmadd_ps(x, left, c[i][0][n % CHAINS]);
+        c[i][1][n % CHAINS] = _mm256_fmadd_ps(x, right, c[i][1][n % CHAINS]);
+      }
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 2; j++)
+      _mm256_store_ps(&scores[i][column + 8 * j],
+                      CHAINS == 2 ? _mm256_add_ps(c[i][j][0], c[i][j][CHAINS - 1]) : c[i][j][0]);
+}
+
+// out[i][0..31] (arranged) += sum over tokens of weight * value, 32 dimensions at a time; meanwhile asks for
+// 512 values from `soon`.
+template <int M, class KV>
+static DF_INLINE void weigh_rows(const KV* values, const KV* soon, int tokens, int dim, const float (*weights)[KEY_TILE], int column,
                                  float* out) {
   __m256 c[M][4];
   for (int i = 0; i < M; i++)
     for (int j = 0; j < 4; j++) c[i][j] = load8(out + static_cast<size_t>(i) * dim + j * 8);
   for (int t = 0; t < tokens; t++) {
     const KV* v = values + static_cast<size_t>(t) * dim;
-    __m256 w[M];
-    for (int i = 0; i < M; i++) w[i] = _mm256_broadcast_ss(&weights[i][column + t]);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      const __m256 x = load8(v + j * 8);
-      for (int i = 0; i < M; i++) c[i][j] = _mm256_fmadd_ps(w[i], x, c[i][j]);
+    prefetch_part(soon, 2, t);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      __m256 x[2];
+      load_pair(v + j * 16, x);
+#pragma GCC unroll 3
+      for (int i = 0; i < M; i++) {
+        const __m256 w = broadcast_now(&weights[i][column + t]);
+        c[i][2 * j] = _mm256_fmadd_ps(w, x[0], c[i][2 * j]);
+        c[i][2 * j + 1] = _mm256_fmadd_ps(w, x[1], c[i][2 * j + 1]);
+      }
     }
   }
   for (int i = 0; i < M; i++)
     for (int j = 0; j < 4; j++) store8(out + static_cast<size_t>(i) * dim + j * 8, c[i][j]);
+}
+
+template <class KV>
+static DF_INLINE void weigh(const KV* values, const KV* soon, int tokens, int dim, const float (*weights)[KEY_TILE],
+                            int column, int rows, float* out) {
+  int r = 0;
+  for (; r + 3 <= rows; r += 3)
+    weigh_rows<3>(values, soon, tokens, dim, weights + r, column, out + static_cast<size_t>(r) * dim);
+  if (rows - r == 2) weigh_rows<2>(values, soon, tokens, dim, weights + r, column, out + static_cast<size_t>(r) * dim);
+  if (rows - r == 1) weigh_rows<1>(values, soon, tokens, dim, weights + r, column, out + static_cast<size_t>(r) * dim);
+}
+
+template <class KV>
+static DF_INLINE void score_page(const KV* keys, const KV* soon, const float* const* query, int rows, int dim,
+                                 float (*scores)[KEY_TILE], int column) {
+  alignas(64) float page[HEAD_DIM_MAX * PAGE];
+  transpose_page(keys, dim, page);
+  int r = 0;
+  for (; r + 6 <= rows; r += 6) score_rows<6, KV>(query + r, page, soon, dim, scores + r, column);
+  switch (rows - r) {
+    case 5: return score_rows<5, KV>(query + r, page, soon, dim, scores + r, column);
+    case 4: return score_rows<4, KV>(query + r, page, soon, dim, scores + r, column);
+    case 3: return score_rows<3, KV>(query + r, page, soon, dim, scores + r, column);
+    case 2: return score_rows<2, KV>(query + r, page, soon, dim, scores + r, column);
+    case 1: return score_rows<1, KV>(query + r, page, soon, dim, scores + r, column);
+    default: return;
+  }
 }
 
 // Rows of queries (row r at position[r]) over tokens [begin, end) of `pages`; causal. Leaves in `out`
@@ -92,19 +171,15 @@ static void attend(const Pages<KV>& pages, const float* const* query, const int*
                    int end, float* out, float* top, float* total) {
   const int dim = pages.head_dim;
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
-  alignas(64) float keys[HEAD_DIM_MAX * PAGE];
   alignas(64) float scores[QUERY_ROWS][KEY_TILE];
+  alignas(64) float sums[QUERY_ROWS * HEAD_DIM_MAX];  // arranged
   for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0;
-  std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows) * dim);
+  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows) * dim);
 
   for (int base = begin; base < end; base += KEY_TILE) {
     const int count = std::min<int>(KEY_TILE, end - base), width = (count + PAGE - 1) / PAGE * PAGE;
     for (int column = 0; column < width; column += PAGE) {
-      transpose_page(pages.at(pages.keys, base + column), dim, keys);
-      int r = 0;
-      for (; r + 6 <= rows; r += 6) score_rows<6>(query + r, keys, dim, scores + r, column);
-      for (; r + 3 <= rows; r += 3) score_rows<3>(query + r, keys, dim, scores + r, column);
-      for (; r < rows; r++) score_rows<1>(query + r, keys, dim, scores + r, column);
+      score_page(pages.at(pages.keys, base + column), pages.at(pages.values, base + column), query, rows, dim, scores, column);
     }
     for (int r = 0; r < rows; r++) {
       float* row = scores[r];
@@ -128,20 +203,18 @@ static void attend(const Pages<KV>& pages, const float* const* query, const int*
       total[r] = total[r] * shrink + sum8(sum);
       top[r] = now;
       if (shrink != 1.f) {
-        float* o = out + static_cast<size_t>(r) * dim;
+        float* o = sums + static_cast<size_t>(r) * dim;
         for (int d = 0; d < dim; d += 8) store8(o + d, _mm256_mul_ps(load8(o + d), _mm256_set1_ps(shrink)));
       }
     }
     for (int column = 0; column < width; column += PAGE) {
       const KV* values = pages.at(pages.values, base + column);
-      const int tokens = std::min<int>(PAGE, count - column);
-      for (int d = 0; d < dim; d += 32) {
-        int r = 0;
-        for (; r + 3 <= rows; r += 3)
-          weigh_rows<3>(values + d, tokens, dim, scores + r, column, out + static_cast<size_t>(r) * dim + d);
-        for (; r < rows; r++)
-          weigh_rows<1>(values + d, tokens, dim, scores + r, column, out + static_cast<size_t>(r) * dim + d);
-      }
+      const int tokens = std::min<int>(PAGE, count - column), ahead = base + KEY_TILE + column;
+      const KV* soon = ahead < end ? pages.at(pages.keys, ahead) : values;
+      for (int d = 0; d < dim; d += 32)
+        weigh(values + d, soon + d * PAGE, tokens, dim, scores, column, rows, sums + d);
     }
   }
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < dim; i++) out[r * dim + i] = sums[r * dim + arranged(pages.keys, i)];
 }

@@ -1,6 +1,6 @@
 """Loads the compiled CPU step and gives it a Python face.
 
-The structures mirror `llama_cpu.cpp` field by field; `VERSION` changes with them.
+The structures mirror `api.h` field by field; `VERSION` changes with them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,12 +18,21 @@ from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
 from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
 
-VERSION = 2
+VERSION = 3
 COLUMNS = 16  # of a packed panel
+BLOCK = 32  # columns of a matrix that are read, and quantized, together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 24  # query heads of one KV head: rows of one attention tile
 DISABLE_ENV = "DEEPFLOW_NATIVE"
 """Set to 0 to use plain torch on the CPU (to compare, or where the compiled step misbehaves)."""
+
+
+Quantization = Literal["int8", "int4"]
+"""How weights are kept: blocks of 32 with a scale (`int8`), with a scale and a minimum (`int4`; the head stays
+8-bit). Activations are rounded to 8 bits, block by block, as they meet such weights."""
+
+_F32, _BF16, _INT8, _INT4 = range(4)
+_FORMATS: dict[Quantization, tuple[int, int]] = {"int8": (_INT8, _INT8), "int4": (_INT4, _INT8)}
 
 
 class NativeUnavailable(Exception):
@@ -59,8 +69,10 @@ class _Model(ctypes.Structure):
                 "head_dim",
                 "vocab",
                 "block_tokens",
-                "weights_bf16",
+                "weights",
+                "head",
                 "kv_bf16",
+                "embedding_bf16",
                 "threads",
                 "tied",
             )
@@ -97,6 +109,13 @@ def library() -> ctypes.CDLL:
         raise NativeUnavailable(f"{files[-1].name} is of another version: install again")
     if not loaded.df_supported():
         raise NativeUnavailable("this CPU lacks AVX2 or FMA")
+    loaded.df_allocate.restype = ctypes.c_void_p
+    loaded.df_allocate.argtypes = [ctypes.c_uint64]
+    loaded.df_release.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+    loaded.df_packed_bytes.restype = ctypes.c_uint64
+    loaded.df_packed_bytes.argtypes = [ctypes.c_int32] * 3
+    loaded.df_pack.argtypes = [ctypes.c_int32, ctypes.c_void_p, *[ctypes.c_int32] * 5, ctypes.c_void_p]
+    loaded.df_unpack.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
     loaded.df_model_new.restype = ctypes.c_void_p
     loaded.df_model_new.argtypes = [ctypes.POINTER(_Model)]
     loaded.df_model_free.argtypes = [ctypes.c_void_p]
@@ -105,82 +124,165 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def check_supported(config: ModelConfig, dtype: torch.dtype, block_tokens: int) -> None:
+def check_supported(
+    config: ModelConfig, dtype: torch.dtype, block_tokens: int, quantization: Quantization | None = None
+) -> None:
     """Raises NativeUnavailable for a model outside what the compiled step covers."""
     library()
+    heads_per_kv = config.heads // config.kv_heads
     limits = {
         f"dtype {dtype}": dtype in (torch.bfloat16, torch.float32),
         f"block of {block_tokens} tokens": block_tokens % 16 == 0,
-        f"head_dim {config.head_dim}": config.head_dim % 32 == 0 and config.head_dim <= MAX_HEAD_DIM,
-        f"hidden size {config.hidden}": config.hidden % COLUMNS == 0,
-        f"intermediate size {config.intermediate}": config.intermediate % COLUMNS == 0,
-        f"{config.heads // config.kv_heads} query heads a KV head": config.heads // config.kv_heads
-        <= MAX_GROUP,
+        f"head_dim {config.head_dim}": config.head_dim % BLOCK == 0 and config.head_dim <= MAX_HEAD_DIM,
+        f"hidden size {config.hidden}": config.hidden % BLOCK == 0,
+        f"intermediate size {config.intermediate}": config.intermediate % BLOCK == 0,
+        f"{heads_per_kv} query heads a KV head": heads_per_kv <= MAX_GROUP,
     }
     refused = [what for what, fits in limits.items() if not fits]
     if refused:
         raise NativeUnavailable(f"the compiled step does not cover {', '.join(refused)}")
 
 
-def pack(matrix: torch.Tensor) -> torch.Tensor:
-    """`[n, k]` to panels `[ceil(n / 16), k, 16]`; missing columns are zero."""
-    rows, width = matrix.shape
-    padded = -(-rows // COLUMNS) * COLUMNS
-    if padded != rows:
-        matrix = torch.cat([matrix, matrix.new_zeros(padded - rows, width)])
-    return matrix.view(-1, COLUMNS, width).transpose(1, 2).contiguous()
+class PackedWeights:
+    """One stretch of memory for all matrices of a model, in the step's own layout (`panels.h`)."""
+
+    def __init__(self, size: int) -> None:
+        self._library = library()
+        self.size = size
+        self._base: int | None = self._library.df_allocate(size)
+        if self._base is None:
+            raise MemoryError(f"no memory for {size} bytes of weights")
+        self._used = 0
+
+    @staticmethod
+    def bytes_for(form: int, rows: int, width: int) -> int:
+        """Bytes of a packed matrix, rounded up to whole cache lines."""
+        return -(-int(library().df_packed_bytes(form, rows, width)) // 64) * 64
+
+    def add(self, form: int, *matrices: torch.Tensor) -> int:
+        """Packs equally shaped `[rows, width]` matrices, panels alternating; returns the address."""
+        if self._base is None:
+            raise RuntimeError("released")
+        rows, width = matrices[0].shape
+        size = len(matrices) * self.bytes_for(form, rows, width)
+        if self._used + size > self.size:
+            raise RuntimeError("more weights than were announced")
+        address = self._base + self._used
+        for index, matrix in enumerate(matrices):
+            data = matrix.contiguous()
+            is_bf16 = int(data.dtype == torch.bfloat16)
+            self._library.df_pack(
+                form, data.data_ptr(), is_bf16, rows, width, index, len(matrices), ctypes.c_void_p(address)
+            )
+        self._used += size
+        return address
+
+    def unpacked(self, form: int, address: int, rows: int, width: int) -> torch.Tensor:
+        """What the step multiplies with, float32 `[rows, width]`."""
+        out = torch.empty(rows, width)
+        for row in range(rows):
+            self._library.df_unpack(form, ctypes.c_void_p(address), width, row, out[row].data_ptr())
+        return out
+
+    def release(self) -> None:
+        """Gives the memory back; idempotent."""
+        if self._base is not None:
+            self._library.df_release(self._base, self.size)
+            self._base = None
 
 
 class NativeLlama:
     """A model whose weights are packed for the compiled step. `forward` is called from one thread."""
 
     def __init__(
-        self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        threads: int,
+        quantization: Quantization | None = None,
     ) -> None:
         """Raises NativeUnavailable before any weight is read, BadWeights while reading."""
         config = source.config
-        check_supported(config, dtype, block_tokens)
+        check_supported(config, dtype, block_tokens, quantization)
         self._library = library()
         self._handle: int | None = None
         self._kept: list[torch.Tensor] = []
         self._tokens = 0  # of the last step
         self.config = config
         self._vocab = -(-config.vocab_size // COLUMNS) * COLUMNS
-        layers = (_Layer * config.layers)()
-        for index in range(config.layers):
-            weights = layer_weights(source, index, dtype)
-            gate, up = weights["gate_up"].view(2, -1, COLUMNS, config.hidden)
-            weights["gate_up"] = torch.stack([gate, up], dim=1).view(-1, config.hidden)  # panels alternate
-            for name, tensor in weights.items():
-                setattr(layers[index], name, self._keep(pack(tensor) if tensor.ndim == 2 else tensor))
-        shape = (config.vocab_size, config.hidden)
-        embedding = checked(source, "embedding", shape).to(dtype)
-        head = embedding if config.tied else checked(source, "lm_head", shape).to(dtype)
-        cosines, sines = rotary(source, max_len)
         bf16 = int(dtype == torch.bfloat16)
-        description = _Model(
-            config.layers,
-            config.hidden,
-            config.intermediate,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            self._vocab,
-            block_tokens,
-            bf16,
-            bf16,
-            threads,
-            int(config.tied),
-            config.norm_epsilon,
-            self._keep(checked(source, "final_norm", (config.hidden,)).float()),
-            self._keep(cosines),
-            self._keep(sines),
-            None if config.tied else self._keep(embedding),
-            self._keep(pack(head)),
-            layers,
-        )
+        self.weights_format, self.head_format = _FORMATS[quantization] if quantization else (bf16, bf16)
+        read_as = torch.float32 if quantization else dtype
+        self._packed = PackedWeights(self._packed_size())
+        try:
+            layers = self._pack_layers(source, read_as)
+            shape = (config.vocab_size, config.hidden)
+            embedding = checked(source, "embedding", shape)
+            head = embedding if config.tied else checked(source, "lm_head", shape)
+            cosines, sines = rotary(source, max_len)
+            description = _Model(
+                config.layers,
+                config.hidden,
+                config.intermediate,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                self._vocab,
+                block_tokens,
+                self.weights_format,
+                self.head_format,
+                bf16,
+                bf16,
+                threads,
+                int(config.tied),
+                config.norm_epsilon,
+                self._keep(checked(source, "final_norm", (config.hidden,)).float()),
+                self._keep(cosines),
+                self._keep(sines),
+                None if config.tied else self._keep(embedding.to(dtype)),
+                self._packed.add(self.head_format, head.to(read_as)),
+                layers,
+            )
+        except BaseException:
+            self._packed.release()
+            raise
         self._layers = layers
         self._handle = self._library.df_model_new(ctypes.byref(description))
+
+    def _packed_size(self) -> int:
+        config = self.config
+        attention = config.heads * config.head_dim
+        shapes = [
+            (attention + 2 * config.kv_heads * config.head_dim, config.hidden),
+            (config.hidden, attention),
+            (config.intermediate, config.hidden),
+            (config.intermediate, config.hidden),
+            (config.hidden, config.intermediate),
+        ]
+        layer = sum(PackedWeights.bytes_for(self.weights_format, *shape) for shape in shapes)
+        head = PackedWeights.bytes_for(self.head_format, config.vocab_size, config.hidden)
+        return config.layers * layer + head
+
+    def _pack_layers(self, source: WeightSource, dtype: torch.dtype) -> ctypes.Array[_Layer]:
+        layers = (_Layer * self.config.layers)()
+        for index in range(self.config.layers):
+            for name, tensor in layer_weights(source, index, dtype).items():
+                if name == "gate_up":
+                    address = self._packed.add(self.weights_format, *tensor.chunk(2))
+                elif tensor.ndim == 2:
+                    address = self._packed.add(self.weights_format, tensor)
+                else:
+                    address = self._keep(tensor)
+                setattr(layers[index], name, address)
+        return layers
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights: what a decode step reads."""
+        return self._packed.size
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor.contiguous())
@@ -231,4 +333,5 @@ class NativeLlama:
         if self._handle is not None:
             self._library.df_model_free(self._handle)
             self._handle = None
+            self._packed.release()
             self._kept.clear()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from flowserve.devices.native import library as native
 from flowserve.devices.native.library import NativeLlama
@@ -21,17 +23,15 @@ from flowserve.models.llama import TorchLlama
 
 BLOCK, MAX_LEN = 16, 4096
 SPEC = SampleSpec(SamplingParams(), [1], [], 0)
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.1}  # logits of these models range over some units
-
-
-def built() -> bool:
-    try:
-        return native.library() is not None
-    except native.NativeUnavailable:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not built(), reason="the compiled step is not built here")
+KINDS: dict[str, tuple[torch.dtype, native.Quantization | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "int8": (torch.float32, "int8"),
+    "int4": (torch.float32, "int4"),
+}
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1, "int8": 0.35, "int4": 0.35}
+"""Logits of these models range over some units. In integer formats a value between two steps may fall to either
+side, and whatever follows with it; one token alone is compared exactly below."""
 
 
 class Random:
@@ -42,7 +42,7 @@ class Random:
             family=family,
             layers=2,
             hidden=96,
-            intermediate=80,
+            intermediate=160,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=32,
@@ -54,7 +54,7 @@ class Random:
             tied=tied,
             eos_token_ids=(2,),
         )
-        q, kv, hidden, wide = heads * 32, kv_heads * 32, 96, 80
+        q, kv, hidden, wide = heads * 32, kv_heads * 32, 96, 160
         self._shapes: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(("attention_norm", "ffn_norm", "final_norm"), (hidden,)),
             **dict.fromkeys(("q_norm", "k_norm"), (32,)),
@@ -75,32 +75,69 @@ class Random:
         return values / shape[-1] ** 0.5 if len(shape) > 1 else 1 + 0.2 * values
 
 
+@contextmanager
+def rounded_inputs() -> Iterator[None]:
+    """Torch multiplies what integer formats multiply: activations in steps of a 127th of their block's peak."""
+    multiply = functional.linear
+
+    def linear(data: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        blocks = data.unflatten(-1, (-1, native.BLOCK))
+        peak = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        return multiply((torch.round(blocks * (127 / peak)) * (peak / 127)).flatten(-2), weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "linear", linear)
+        yield
+
+
+def kept(matrix: torch.Tensor, form: int) -> torch.Tensor:
+    """The matrix as the compiled step keeps it in a format."""
+    rows, width = matrix.shape
+    packed = native.PackedWeights(native.PackedWeights.bytes_for(form, rows, width))
+    values = packed.unpacked(form, packed.add(form, matrix), rows, width)
+    packed.release()
+    return values
+
+
 class Pair:
     """The same model twice, each with a pool of its own."""
 
-    def __init__(self, source: Random, dtype: torch.dtype, threads: int, blocks: int) -> None:
+    def __init__(self, source: Random, kind: str, threads: int, blocks: int) -> None:
+        dtype, quantization = KINDS[kind]
         self.config = source.config
-        self.native = NativeLlama(source, dtype=dtype, max_len=MAX_LEN, block_tokens=BLOCK, threads=threads)
+        self.native = NativeLlama(
+            source,
+            dtype=dtype,
+            max_len=MAX_LEN,
+            block_tokens=BLOCK,
+            threads=threads,
+            quantization=quantization,
+        )
         self.torch = TorchLlama(source, dtype=torch.float32, device=torch.device("cpu"), max_len=MAX_LEN)
-        if dtype == torch.bfloat16:  # the same rounded weights, multiplied in float32
-            for layer in self.torch._layers:
-                for name in ("qkv", "output", "gate_up", "down"):
-                    setattr(layer, name, getattr(layer, name).bfloat16().float())
-            rounded = self.torch._embedding.bfloat16().float()
-            self.torch._embedding = self.torch._lm_head = rounded
+        for layer in self.torch._layers:  # the same rounded weights, multiplied in float32
+            for name in ("qkv", "output", "gate_up", "down"):
+                setattr(layer, name, kept(getattr(layer, name), self.native.weights_format))
+        self.torch._lm_head = kept(self.torch._lm_head, self.native.head_format)
+        if source.config.tied:
+            self.torch._embedding = self.torch._lm_head
+        else:
+            self.torch._embedding = self.torch._embedding.to(dtype).float()
         shape = (blocks, source.config.layers, 2, source.config.kv_heads, BLOCK, 32)
         self.pages = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
-        self.tolerance = TOLERANCE[dtype]
+        self.tolerance = TOLERANCE[kind]
+        self.quantized = quantization is not None
 
     def step(self, batch: list[SequenceSlice]) -> None:
         ragged = flatten(batch, block_tokens=BLOCK, num_blocks=len(self.pages[0]), max_len=MAX_LEN)
         mine = self.native.forward(ragged, self.pages[0])
-        theirs = self.torch.forward(ragged, self.pages[1])
+        with rounded_inputs() if self.quantized else nullcontext():
+            theirs = self.torch.forward(ragged, self.pages[1])
         assert mine.shape == theirs.shape == (len(ragged.rows), self.config.vocab_size)
         if len(ragged.rows):
             assert (mine - theirs).abs().max() < self.tolerance
         rows = np.arange(len(ragged.ids), dtype=np.int32)[::3]
-        later = (self.native.logits(rows) - self.torch.logits(rows)).abs().max()
+        with rounded_inputs() if self.quantized else nullcontext():
+            later = (self.native.logits(rows) - self.torch.logits(rows)).abs().max()
         assert later < self.tolerance
         assert (self.pages[0].float() - self.pages[1].float()).abs().max() < self.tolerance
 
@@ -117,7 +154,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "source",
     [
@@ -128,9 +165,9 @@ def one_thread() -> Iterator[None]:
     ],
     ids=["llama", "qwen2, no groups", "qwen3, odd group", "one KV head"],
 )
-def test_ragged_batches_are_what_torch_computes(source: Random, dtype: torch.dtype, threads: int) -> None:
+def test_ragged_batches_are_what_torch_computes(source: Random, kind: str, threads: int) -> None:
     """Random mixes of first chunks, later chunks and decodes, step after step on growing sequences."""
-    pair = Pair(source, dtype, threads, blocks=60)
+    pair = Pair(source, kind, threads, blocks=60)
 
     @given(st.lists(st.lists(st.integers(0, 23), min_size=5, max_size=5), min_size=1, max_size=5))
     @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -155,10 +192,44 @@ def test_ragged_batches_are_what_torch_computes(source: Random, dtype: torch.dty
     pair.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_token_is_computed_exactly(kind: str) -> None:
+    pair = Pair(Random("llama"), kind, 1, blocks=2)
+    pair.tolerance = min(pair.tolerance, 0.02)
+    for token in range(20):
+        pair.step([SequenceSlice([token], 0, [token % 2], sample=SPEC)])
+    pair.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokens_numbers_do_not_depend_on_its_batch(kind: str, threads: int) -> None:
+    """Every height of a tile and every number of tiles gives the same bits."""
+    dtype, quantization = KINDS[kind]
+    model = NativeLlama(
+        Random("llama"),
+        dtype=dtype,
+        max_len=64,
+        block_tokens=BLOCK,
+        threads=threads,
+        quantization=quantization,
+    )
+
+    def logits(tokens: list[int]) -> torch.Tensor:
+        pages = torch.zeros(40, 2, 2, 2, BLOCK, 32, dtype=dtype)
+        batch = [SequenceSlice([token], 0, [index], sample=SPEC) for index, token in enumerate(tokens)]
+        return model.forward(flatten(batch, block_tokens=BLOCK, num_blocks=40, max_len=64), pages)
+
+    alone = torch.cat([logits([token]) for token in range(32)])
+    for count in (2, 3, 4, 5, 6, 7, 9, 11, 13, 25, 32):
+        assert torch.equal(logits(list(range(count))), alone[:count])
+    model.close()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_long_contexts_split_over_threads_are_merged_exactly(threads: int) -> None:
     """Few sequences, thousands of keys: every thread takes a part of the keys."""
-    pair = Pair(Random("llama"), torch.float32, threads, blocks=2 * 160)
+    pair = Pair(Random("llama"), "float32", threads, blocks=2 * 160)
     lengths = [2400, 511]
     tables = [list(range(160)), list(range(319, 159, -1))]
     tokens = [[(i * 13 + s) % 100 for i in range(length + 8)] for s, length in enumerate(lengths)]
@@ -179,8 +250,9 @@ def test_long_contexts_split_over_threads_are_merged_exactly(threads: int) -> No
     pair.close()
 
 
-def test_an_untied_head_is_its_own_matrix() -> None:
-    pair = Pair(Random("llama", tied=False), torch.float32, 2, blocks=4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untied_head_is_its_own_matrix(kind: str) -> None:
+    pair = Pair(Random("llama", tied=False), kind, 2, blocks=4)
     pair.step([SequenceSlice(list(range(40)), 0, range(4), sample=SPEC)])
     pair.close()
 

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_a_library_that_is_missing_torn_or_of_another_version_is_told_apart(
 
 def test_structures_mirror_the_source() -> None:
     """Fields in the order of llama_cpp's structs: a drift would read weights from the wrong place."""
-    source = (Path(native.__file__).parent / "llama_cpu.cpp").read_text()
+    source = (Path(native.__file__).parent / "api.h").read_text()
     for struct, mirror in (
         ("DfLayer", native._Layer),
         ("DfModel", native._Model),
@@ -205,9 +206,38 @@ def test_structures_mirror_the_source() -> None:
     assert ctypes.sizeof(native._Batch) == 4 * 4 + 8 * 8
 
 
-def test_packing_pads_and_turns_panels() -> None:
-    matrix = torch.arange(20 * 8, dtype=torch.float32).view(20, 8)
-    packed = native.pack(matrix)
-    assert packed.shape == (2, 8, 16)
-    assert torch.equal(packed[0], matrix[:16].T)
-    assert torch.equal(packed[1, :, :4], matrix[16:].T) and not packed[1, :, 4:].any()
+@pytest.mark.parametrize(
+    ("form", "width", "error"),
+    [(native._F32, 40, 0.0), (native._BF16, 40, 2**-8), (native._INT8, 64, 1 / 250), (native._INT4, 64, 1 / 14)],
+)
+def test_a_packed_matrix_is_the_matrix(form: int, width: int, error: float) -> None:
+    """Rows that fill no panel, and two matrices whose panels alternate."""
+    generator = torch.Generator().manual_seed(3)
+    single, left, right = (torch.rand(20, width, generator=generator) * 2 - 1 for _ in range(3))
+    size = native.PackedWeights.bytes_for(form, 20, width)
+    packed = native.PackedWeights(3 * size)
+    assert (packed.unpacked(form, packed.add(form, single), 20, width) - single).abs().max() <= error
+    both = packed.unpacked(form, packed.add(form, left, right), 64, width).view(2, 2, 16, width)
+    for index, matrix in enumerate((left, right)):
+        found = both[:, index].reshape(32, width)
+        assert (found[:20] - matrix).abs().max() <= error
+        assert not found[20:].any()
+    with pytest.raises(RuntimeError, match="more weights"):
+        packed.add(form, single)
+    packed.release()
+    packed.release()
+    with pytest.raises(RuntimeError, match="released"):
+        packed.add(form, single)
+
+
+@pytest.mark.parametrize(("kind", "form"), [("Q8_0", native._INT8), ("Q4_1", native._INT4)])
+def test_a_gguf_files_own_blocks_are_kept_exactly(kind: str, form: int) -> None:
+    generator = np.random.default_rng(5)
+    matrix = generator.standard_normal((32, 256)).astype(np.float32)
+    quantized = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
+    values = torch.from_numpy(gguf.dequantize(quantized, gguf.GGMLQuantizationType[kind]))
+    packed = native.PackedWeights(native.PackedWeights.bytes_for(form, 32, 256))
+    kept = packed.unpacked(form, packed.add(form, values), 32, 256)
+    # The stored numbers are the same; q * scale + minimum may be rounded once or twice.
+    assert torch.allclose(kept, values, rtol=0, atol=1e-6)
+    packed.release()

@@ -35,7 +35,7 @@ LLAMA3_ROPE = {
 }
 SIZES: dict[str, Any] = {
     "hidden_size": 192,
-    "intermediate_size": 112,
+    "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
