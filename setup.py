@@ -30,7 +30,15 @@ if platform.machine() in ("x86_64", "AMD64"):
             ],
             language="c++",
             # AVX2 and FMA are the floor; the loader asks the processor before the first call.
-            extra_compile_args=["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-pthread", "-fvisibility=hidden"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-mavx2",
+                "-mfma",
+                "-mf16c",
+                "-pthread",
+                "-fvisibility=hidden",
+            ],
             extra_link_args=["-pthread"],
             optional=True,
         )

@@ -60,6 +60,10 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gateway.")] = 8000,
     gateways: Annotated[int, typer.Option(min=1, max=64, help="Gateway processes on that port.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    quantization: Annotated[
+        str, typer.Option(help="Weights in blocks of 8 or 4 bits: none, int8 or int4. A GGUF file's own "
+                          "8-bit and 4-bit blocks are kept as they are.")
+    ] = "none",
     device: Annotated[str, typer.Option(help="cpu, cuda or npu.")] = "cpu",
     kv_cache_bytes: Annotated[
         str | None,
@@ -92,6 +96,8 @@ def up(
     paths = state_paths(state_dir)
     if dtype not in ("auto", "bfloat16", "float32"):
         raise CliError(f"--dtype {dtype}: choose auto, bfloat16 or float32")
+    if quantization not in ("none", "int8", "int4"):
+        raise CliError(f"--quantization {quantization}: choose none, int8 or int4")
     settings = StackSettings(
         state_dir=paths.root,
         models=_models(model or [], topology or [], alias or []),
@@ -99,6 +105,7 @@ def up(
         port=port,
         gateways=gateways,
         dtype=dtype,
+        quantization="" if quantization == "none" else quantization,
         device=device,
         kv_cache_bytes=parse_bytes(kv_cache_bytes) if kv_cache_bytes else None,
         max_model_len=max_model_len,

@@ -129,6 +129,7 @@ class Member:
             "pid": record.pid,
             "device": record.device,
             "dtype": record.dtype,
+            "quantization": record.quantization or None,
             "model_revision": record.model_revision or None,
             "max_model_len": record.max_model_len,
             "kv_blocks": record.kv_blocks,

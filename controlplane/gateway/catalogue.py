@@ -4,7 +4,8 @@ The supervisor writes the file (atomically); it is looked at every second. A mod
 whether or not an executor holds it now: a name that is not here is the only cause of a 404. A file that
 cannot be read, or a model whose card cannot be made, leaves what was there before.
 
-File: `{"models": [{"id", "revision", "aliases": [], "path", "max_model_len", "dtype", "default"}]}`. One id
+File: `{"models": [{"id", "revision", "aliases": [], "path", "max_model_len", "dtype", "quantization",
+"default"}]}`. One id
 may appear with several revisions: `default` (else the last) says which one the bare id means; each is also
 named by its revision, `id@rev`.
 """
@@ -43,6 +44,7 @@ class CatalogueEntry(BaseModel):
     aliases: tuple[str, ...] = ()
     max_model_len: int = 0  # 0 = the model's own
     dtype: str = "auto"
+    quantization: str = ""
     default: bool = False
 
 

@@ -80,6 +80,7 @@ class ModelTarget:
     dtype: str
     kv_cache_bytes: int
     max_model_len: int
+    quantization: str = ""
 
 
 class Executor:
@@ -206,6 +207,7 @@ class Executor:
             kv_cache_bytes=target.kv_cache_bytes,
             max_model_len=target.max_model_len,
             tensor_parallel=1,
+            quantization=target.quantization,
         )
         try:
             loaded = await stub.LoadModel(request, metadata=self._metadata, timeout=LOAD_TIMEOUT_SECONDS)

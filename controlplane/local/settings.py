@@ -45,6 +45,7 @@ class StackSettings:
     port: int = DEFAULT_PORT
     gateways: int = 1
     dtype: str = "auto"
+    quantization: str = ""  # of weights: "", int8, int4
     device: str = "cpu"
     kv_cache_bytes: int | None = None  # per executor; None = default_kv_bytes()
     max_model_len: int = 0  # 0 = the model's own

@@ -154,12 +154,14 @@ class Supervisor:
         for model in settings.models:
             fetched = await self._prepare_model(model)
             revision = f"{model.id}@{fetched.sha256[:12]}"
+            if settings.quantization:  # other weights, other KV: nothing is shared with the model as it is
+                revision += f"+{settings.quantization}"
             self._revisions[model.id] = revision
             catalogue.append(self._catalogue_entry(model, fetched, revision))
             for executor in by_model[model.id]:
                 executor.set_target(
                     ModelTarget(model.id, revision, str(fetched.path), settings.dtype, kv_bytes,
-                                settings.max_model_len)
+                                settings.max_model_len, settings.quantization)
                 )  # fmt: skip
         write_atomically(paths.catalogue, json.dumps({"models": catalogue}, indent=1))
         if settings.gateways > 1:
@@ -225,6 +227,7 @@ class Supervisor:
             "path": str(fetched.path),
             "max_model_len": self.settings.max_model_len,
             "dtype": self.settings.dtype,
+            "quantization": self.settings.quantization,
             "default": True,
         }
 

@@ -60,8 +60,17 @@ class Device(Protocol):
         ...
 
     def make_model(
-        self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
-    ) -> Model: ...
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        threads: int,
+        quantization: str = "",
+    ) -> Model:
+        """Raises UnsupportedModel for one of executor.interface.QUANTIZATIONS that the device lacks."""
+        ...
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> Pool:
         """Raises kvtransfer.pool.PoolError where the memory cannot be had."""

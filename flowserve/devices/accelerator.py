@@ -6,6 +6,7 @@ import threading
 
 import torch
 
+from flowserve.models.errors import UnsupportedModel
 from flowserve.models.llama import TorchLlama
 from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
@@ -81,8 +82,17 @@ class AcceleratorDevice:
         torch.set_num_threads(threads)  # sampling's host side and weight conversion
 
     def make_model(
-        self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        threads: int,
+        quantization: str = "",
     ) -> TorchLlama:
+        if quantization:
+            raise UnsupportedModel(f"quantization {quantization} is not implemented on {self.name}")
         return TorchLlama(source, dtype=dtype, device=self._device, max_len=max_len)
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> DevicePool:

@@ -8,6 +8,7 @@ import torch
 
 from flowserve.devices import Model
 from flowserve.devices.native.library import NativeLlama, NativeUnavailable
+from flowserve.models.errors import UnsupportedModel
 from flowserve.models.llama import TorchLlama
 from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
@@ -37,13 +38,29 @@ class CpuDevice:
         torch.set_num_threads(threads)
 
     def make_model(
-        self, source: WeightSource, *, dtype: torch.dtype, max_len: int, block_tokens: int, threads: int
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        threads: int,
+        quantization: str = "",
     ) -> Model:
         try:
             model = NativeLlama(
-                source, dtype=dtype, max_len=max_len, block_tokens=block_tokens, threads=threads
+                source,
+                dtype=dtype,
+                max_len=max_len,
+                block_tokens=block_tokens,
+                threads=threads,
+                quantization=quantization,
             )
         except NativeUnavailable as reason:
+            if quantization:
+                raise UnsupportedModel(
+                    f"quantization {quantization} needs the compiled CPU step: {reason}"
+                ) from reason
             log.warning("compiled CPU step not used: %s; falling back to torch", reason)
             return TorchLlama(source, dtype=matmul_dtype(dtype), device=torch.device("cpu"), max_len=max_len)
         # The step has threads of its own, and what is left to torch (sampling) is small: its OpenMP

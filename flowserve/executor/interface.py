@@ -12,6 +12,9 @@ from typing import Protocol
 
 from flowserve.engine.types import SamplingParams, TokenLogprobs
 
+QUANTIZATIONS = ("", "int8", "int4")
+"""How weights may be kept instead of in the model's dtype; "" is not at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
@@ -65,6 +68,7 @@ class ModelInfo:
     max_model_len: int  # tokens
     eos_token_ids: tuple[int, ...]
     dtype: str  # "bfloat16" | "float16" | "float32"
+    quantization: str = ""  # of the weights, one of QUANTIZATIONS
 
 
 class Executor(Protocol):

@@ -12,7 +12,7 @@ from flowserve.devices import Device, Model, Pool, open_device
 from flowserve.engine.sampling import sample, token_logprobs
 from flowserve.engine.types import TokenLogprobs
 from flowserve.executor.batch import flatten
-from flowserve.executor.interface import ModelInfo, SequenceSlice, SliceResult
+from flowserve.executor.interface import QUANTIZATIONS, ModelInfo, SequenceSlice, SliceResult
 from flowserve.models.errors import UnsupportedModel
 from flowserve.models.loader import open_model, parse_dtype
 from kvtransfer.layout import KVLayout
@@ -94,12 +94,19 @@ def open_executor(
     block_tokens: int = 16,
     max_model_len: int | None = None,
     threads: int = 1,
+    quantization: str = "",
 ) -> LocalExecutor:
     """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`.
+
+    `dtype` is that of KV pages and, without `quantization` (interface.QUANTIZATIONS), of the weights.
 
     Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
     DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
     """
+    if quantization not in QUANTIZATIONS:
+        raise UnsupportedModel(
+            f"quantization {quantization!r} is none of {', '.join(filter(None, QUANTIZATIONS))}"
+        )
     where: Device = open_device(device)
     where.set_threads(threads)
     source = open_model(path)
@@ -119,7 +126,14 @@ def open_executor(
     num_blocks = kv_cache_bytes // layout.block_bytes
     if num_blocks < 1:
         raise PoolError(f"kv_cache_bytes {kv_cache_bytes} is less than one block of {layout.block_bytes}")
-    model = where.make_model(source, dtype=kind, max_len=max_len, block_tokens=block_tokens, threads=threads)
+    model = where.make_model(
+        source,
+        dtype=kind,
+        max_len=max_len,
+        block_tokens=block_tokens,
+        threads=threads,
+        quantization=quantization,
+    )
     try:
         pool = where.make_pool(layout, num_blocks)
     except BaseException:
@@ -134,5 +148,6 @@ def open_executor(
         max_model_len=max_len,
         eos_token_ids=config.eos_token_ids,
         dtype=layout.dtype,
+        quantization=quantization,
     )
     return LocalExecutor(model, pool, info)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowserve.engine.types import KVHandover, Role, StepEvent
+from flowserve.executor.interface import QUANTIZATIONS
 from kvtransfer.pool import available_memory
 
 if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
@@ -57,6 +58,7 @@ class LoadSpec:
     kv_cache_bytes: int = DEFAULT_KV_BYTES
     max_model_len: int = 0  # 0 = the model's own
     tensor_parallel: int = 1
+    quantization: str = ""
 
     def check(self) -> None:
         """Raises LoadFailed for what cannot be loaded anywhere."""
@@ -66,6 +68,9 @@ class LoadSpec:
             raise LoadFailed(LoadReason.UNSUPPORTED, "path must name a file or folder")
         if self.dtype not in DTYPES:
             raise LoadFailed(LoadReason.UNSUPPORTED, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            known = ", ".join(filter(None, QUANTIZATIONS))
+            raise LoadFailed(LoadReason.UNSUPPORTED, f"quantization {self.quantization!r} is none of {known}")
         if self.tensor_parallel != 1:
             raise LoadFailed(LoadReason.UNSUPPORTED, "tensor_parallel above 1 is not served by this executor")
         if not os.path.exists(self.path):
@@ -170,6 +175,7 @@ class Loader:
                 block_tokens=settings.block_tokens,
                 max_model_len=spec.max_model_len or None,
                 threads=settings.threads,
+                quantization=spec.quantization,
             )
         except FileNotFoundError as error:
             raise LoadFailed(LoadReason.NOT_FOUND, str(error)) from error

@@ -161,6 +161,7 @@ class TaskExecutorProcess:
             record.block_tokens = model.block_tokens
             record.max_model_len = model.max_model_len
             record.dtype = model.dtype
+            record.quantization = model.spec.quantization
         return record
 
     # -- life ------------------------------------------------------------------------------------

@@ -265,6 +265,7 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             kv_cache_bytes=request.kv_cache_bytes or DEFAULT_KV_BYTES,
             max_model_len=request.max_model_len,
             tensor_parallel=request.tensor_parallel or 1,
+            quantization=request.quantization,
         )
         try:
             model = await self._lifecycle.load_model(spec)

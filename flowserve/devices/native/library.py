@@ -9,7 +9,6 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -27,12 +26,10 @@ DISABLE_ENV = "DEEPFLOW_NATIVE"
 """Set to 0 to use plain torch on the CPU (to compare, or where the compiled step misbehaves)."""
 
 
-Quantization = Literal["int8", "int4"]
-"""How weights are kept: blocks of 32 with a scale (`int8`), with a scale and a minimum (`int4`; the head stays
-8-bit). Activations are rounded to 8 bits, block by block, as they meet such weights."""
-
 _F32, _BF16, _INT8, _INT4 = range(4)
-_FORMATS: dict[Quantization, tuple[int, int]] = {"int8": (_INT8, _INT8), "int4": (_INT4, _INT8)}
+_FORMATS = {"int8": (_INT8, _INT8), "int4": (_INT4, _INT8)}
+"""Formats of layers and head by quantization: blocks of 32 weights with a scale (8 bits) or with a scale
+and a minimum (4 bits; the head stays at 8). Activations are rounded to 8 bits, block by block."""
 
 
 class NativeUnavailable(Exception):
@@ -115,7 +112,13 @@ def library() -> ctypes.CDLL:
     loaded.df_packed_bytes.restype = ctypes.c_uint64
     loaded.df_packed_bytes.argtypes = [ctypes.c_int32] * 3
     loaded.df_pack.argtypes = [ctypes.c_int32, ctypes.c_void_p, *[ctypes.c_int32] * 5, ctypes.c_void_p]
-    loaded.df_unpack.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+    loaded.df_unpack.argtypes = [
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    ]
     loaded.df_model_new.restype = ctypes.c_void_p
     loaded.df_model_new.argtypes = [ctypes.POINTER(_Model)]
     loaded.df_model_free.argtypes = [ctypes.c_void_p]
@@ -124,9 +127,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def check_supported(
-    config: ModelConfig, dtype: torch.dtype, block_tokens: int, quantization: Quantization | None = None
-) -> None:
+def check_supported(config: ModelConfig, dtype: torch.dtype, block_tokens: int) -> None:
     """Raises NativeUnavailable for a model outside what the compiled step covers."""
     library()
     heads_per_kv = config.heads // config.kv_heads
@@ -202,11 +203,11 @@ class NativeLlama:
         max_len: int,
         block_tokens: int,
         threads: int,
-        quantization: Quantization | None = None,
+        quantization: str = "",
     ) -> None:
         """Raises NativeUnavailable before any weight is read, BadWeights while reading."""
         config = source.config
-        check_supported(config, dtype, block_tokens, quantization)
+        check_supported(config, dtype, block_tokens)
         self._library = library()
         self._handle: int | None = None
         self._kept: list[torch.Tensor] = []

@@ -516,6 +516,7 @@ class LoadModelRequest(_message.Message):
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     path: _builtins.str
     """a GGUF file, or a folder with config.json and safetensors"""
@@ -525,6 +526,8 @@ class LoadModelRequest(_message.Message):
     max_model_len: _builtins.int
     """0 = the model's own"""
     tensor_parallel: _builtins.int
+    quantization: _builtins.str
+    """"" | "int8" | "int4"; part of what model_revision names, as its KV differs"""
     def __init__(
         self,
         *,
@@ -534,10 +537,11 @@ class LoadModelRequest(_message.Message):
         kv_cache_bytes: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
         tensor_parallel: _builtins.int = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model_revision", b"model_revision", "path", b"path", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model_revision", b"model_revision", "path", b"path", "quantization", b"quantization", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -741,6 +745,7 @@ class ExecutorRecord(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     METRICS_URL_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -765,6 +770,8 @@ class ExecutorRecord(_message.Message):
     metrics_url: _builtins.str
     message: _builtins.str
     """why FAILED"""
+    quantization: _builtins.str
+    """of the weights; "" = none"""
     def __init__(
         self,
         *,
@@ -788,10 +795,11 @@ class ExecutorRecord(_message.Message):
         protocol_version: _builtins.str = ...,
         metrics_url: _builtins.str = ...,
         message: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "role_epoch", b"role_epoch", "started_unix_ms", b"started_unix_ms", "state", b"state", "te_id", b"te_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "role", b"role", "role_epoch", b"role_epoch", "started_unix_ms", b"started_unix_ms", "state", b"state", "te_id", b"te_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,15 +23,15 @@ from flowserve.models.llama import TorchLlama
 
 BLOCK, MAX_LEN = 16, 4096
 SPEC = SampleSpec(SamplingParams(), [1], [], 0)
-KINDS: dict[str, tuple[torch.dtype, native.Quantization | None]] = {
-    "float32": (torch.float32, None),
-    "bfloat16": (torch.bfloat16, None),
+KINDS: dict[str, tuple[torch.dtype, str]] = {
+    "float32": (torch.float32, ""),
+    "bfloat16": (torch.bfloat16, ""),
     "int8": (torch.float32, "int8"),
     "int4": (torch.float32, "int4"),
 }
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1, "int8": 0.35, "int4": 0.35}
-"""Logits of these models range over some units. In integer formats a value between two steps may fall to either
-side, and whatever follows with it; one token alone is compared exactly below."""
+"""Logits of these models range over some units. In integer formats a value between two steps may fall to
+either side, and whatever follows with it; one token alone is compared exactly below."""
 
 
 class Random:
@@ -77,7 +77,7 @@ class Random:
 
 @contextmanager
 def rounded_inputs() -> Iterator[None]:
-    """Torch multiplies what integer formats multiply: activations in steps of a 127th of their block's peak."""
+    """Torch multiplies what integer formats do: activations in steps of a 127th of their block's peak."""
     multiply = functional.linear
 
     def linear(data: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Pair:
         shape = (blocks, source.config.layers, 2, source.config.kv_heads, BLOCK, 32)
         self.pages = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
         self.tolerance = TOLERANCE[kind]
-        self.quantized = quantization is not None
+        self.quantized = bool(quantization)
 
     def step(self, batch: list[SequenceSlice]) -> None:
         ragged = flatten(batch, block_tokens=BLOCK, num_blocks=len(self.pages[0]), max_len=MAX_LEN)

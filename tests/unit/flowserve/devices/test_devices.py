@@ -208,7 +208,12 @@ def test_structures_mirror_the_source() -> None:
 
 @pytest.mark.parametrize(
     ("form", "width", "error"),
-    [(native._F32, 40, 0.0), (native._BF16, 40, 2**-8), (native._INT8, 64, 1 / 250), (native._INT4, 64, 1 / 14)],
+    [
+        (native._F32, 40, 0.0),
+        (native._BF16, 40, 2**-8),
+        (native._INT8, 64, 1 / 250),
+        (native._INT4, 64, 1 / 14),
+    ],
 )
 def test_a_packed_matrix_is_the_matrix(form: int, width: int, error: float) -> None:
     """Rows that fill no panel, and two matrices whose panels alternate."""
