@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from controlplane.cli.output import CliError, is_terminal, note, table
+from controlplane.cli.output import CliError, note, progress_bar, table
 
 if TYPE_CHECKING:
+    from controlplane.twin.costs import CostProfile
     from controlplane.twin.measure import StepPlan
     from flowserve.executor.interface import SequenceSlice
     from flowserve.executor.local import LocalExecutor
@@ -45,19 +44,55 @@ def calibrate(  # noqa: PLR0917  # options of a command
             "--transfer-ms", min=0, help="Fixed time of a hand-over, placement and handshake included."
         ),
     ] = 10.0,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", help="Take this profile instead of measuring.", show_default=False),
+    ] = None,
+    heat_map: Annotated[
+        Path | None,
+        typer.Option("--heat-map", help="Also fill a heat map and write it here.", show_default=False),
+    ] = None,
     request_ms: Annotated[
         float, typer.Option("--request-ms", min=0, help="What gateway and stream add before the first step.")
     ] = 5.0,
 ) -> None:
     """Measure prefill and decode steps over batch, context and chunk, KV copies and model load.
 
-    The machine should be otherwise idle. The profile feeds `deepflow simulate --profile`.
+    The machine should be otherwise idle. The profile feeds `deepflow simulate --profile`; the heat map says
+    for which prompts and answers disaggregating pays on such executors.
     """
+    from controlplane.twin.costs import ProfileError, load_profile
+
+    try:
+        if profile is not None:
+            made = load_profile(profile)
+        else:
+            made = _measure(
+                out, model, device, dtype, threads, core, rounds, kv_tokens, transfer_ms, request_ms
+            )
+        if heat_map is not None:
+            _heat_map(made, heat_map)
+    except (ProfileError, OSError) as problem:
+        raise CliError(str(problem)) from None
+
+
+def _measure(  # noqa: PLR0917  # the command's options
+    out: Path,
+    model: str | None,
+    device: str,
+    dtype: str,
+    threads: int,
+    core: int | None,
+    rounds: int,
+    kv_tokens: int,
+    transfer_ms: float,
+    request_ms: float,
+) -> CostProfile:
+    """Measures, writes and prints a profile. Raises ProfileError, CliError."""
     import os
 
     from controlplane.cli.models import fetch_with_bar
     from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
-    from controlplane.twin.costs import ProfileError
     from controlplane.twin.measure import Measured, plan_steps, profile_of
     from flowserve.engine.config import EngineConfig
     from flowserve.executor.local import open_executor
@@ -105,11 +140,8 @@ def calibrate(  # noqa: PLR0917  # options of a command
         )
     finally:
         executor.close()
-    try:
-        profile, error = profile_of(measured, transfer_ms / 1e3, request_ms / 1e3)
-        profile.save(out)
-    except (ProfileError, OSError) as problem:
-        raise CliError(str(problem)) from None
+    profile, error = profile_of(measured, transfer_ms / 1e3, request_ms / 1e3)
+    profile.save(out)
     table(
         ("STEP", "MEASURED", "FITTED"),
         [
@@ -122,12 +154,29 @@ def calibrate(  # noqa: PLR0917  # options of a command
         ],
     )
     note(f"mean error of the fit {100 * error:.1f} %; {len(times)} steps; written to {out}")
+    return profile
 
 
-def _fitted(profile: object, plan: StepPlan) -> float:
-    from controlplane.twin.costs import CostProfile
+def _heat_map(profile: CostProfile, path: Path) -> None:
+    from math import isnan
 
-    assert isinstance(profile, CostProfile)
+    from controlplane.twin.heatmap import fill, save
+
+    with progress_bar("cells of the heat map") as step:
+        filled = fill(profile, progress=step)
+    save(filled, profile, path)
+    table(
+        ("PROMPT \\ ANSWER:PROMPT", *(f"{ratio:.3g}" for ratio in filled.ratios)),
+        [
+            (prefill, *("-" if isnan(cell) else f"{cell:+.2f}" for cell in row))
+            for prefill, row in zip(filled.prefills, filled.summed, strict=True)
+        ],
+    )
+    steady = f"{filled.steady:.0%} of cells have one sign at every load"
+    note(f"above 0 disaggregating pays; {steady}; written to {path}")
+
+
+def _fitted(profile: CostProfile, plan: StepPlan) -> float:
     shape = plan.shape(0.0)
     return profile.step(shape.tokens, shape.sampled, shape.pairs, shape.context)
 
@@ -176,16 +225,16 @@ def _time_steps(executor: LocalExecutor, plans: list[StepPlan], rounds: int) -> 
         if sum(len(s.block_table) for s in _slices(p, block_tokens, 2)) <= executor.store.num_blocks
     ]
     times: dict[StepPlan, list[float]] = {plan: [] for plan in plans}
-    with _bar(rounds * len(plans) + 1) as step:
+    total = rounds * len(plans)
+    with progress_bar("steps") as step:
         executor.execute(_slices(plans[0], block_tokens, executor.info.vocab_size))  # warms up
-        step()
-        for _ in range(rounds):
-            for plan in plans:
+        for turn in range(rounds):
+            for number, plan in enumerate(plans, 1):
                 slices = _slices(plan, block_tokens, executor.info.vocab_size)
                 started = time.perf_counter()
                 executor.execute(slices)
                 times[plan].append(time.perf_counter() - started)
-                step()
+                step(turn * len(plans) + number, total)
     return times
 
 
@@ -239,18 +288,3 @@ def _copy_rate(executor: LocalExecutor) -> float:
         store.store(blocks, data)
         best = min(best, time.perf_counter() - started)
     return blocks * store.layout.block_bytes / best
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not is_terminal():
-        note(f"  measuring {total} steps")
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from controlplane.cli.output import CliError, is_terminal, note, print_json, table
+from controlplane.cli.output import CliError, note, print_json, progress_bar, table
 
 if TYPE_CHECKING:
     from controlplane.twin.cluster import Cluster
@@ -104,7 +102,7 @@ def simulate(  # noqa: PLR0917  # options of a command
                 share, _ = best_share(work, costs, name, executors, slo, seed=seed)
             if name in SPLIT and share is not None:
                 shares[name] = share
-            with _bar(name) as progress:
+            with progress_bar(f"simulating {name}") as progress:
                 clusters[name] = run(
                     work, costs, name, executors, seed=seed, prefill_share=share, progress=progress
                 )
@@ -202,19 +200,3 @@ def _plot(folder: Path, clusters: dict[str, Cluster]) -> None:
     except OSError as error:
         raise CliError(f"plots cannot be written: {error}") from None
     note(f"plots: {', '.join(files)} in {folder}")
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, a line elsewhere."""
-    if not is_terminal():
-        note(f"  simulating {name}")
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -8,8 +8,11 @@ what the colocated pair completes, because a rate in requests per second means n
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +50,26 @@ class Filled:
         signs = np.sign(self.cells)
         known = ~np.isnan(self.cells).any(axis=0)
         return float((np.abs(signs.sum(axis=0)) == len(self.loads))[known].mean())
+
+
+def save(filled: Filled, profile: CostProfile, path: str | Path) -> None:
+    """As JSON: axes, the summed map (null where nothing fits), the map of each load."""
+    layers = [_plain(layer) for layer in filled.cells]
+    data = {
+        "profile": profile.name,
+        "source": profile.source,
+        "prefills": filled.prefills,
+        "ratios": filled.ratios,
+        "loads": filled.loads,
+        "steady": filled.steady,
+        "summed": _plain(filled.summed),
+        "layers": layers,
+    }
+    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _plain(cells: npt.NDArray[np.float64]) -> list[list[float | None]]:
+    return [[None if math.isnan(cell) else round(float(cell), 4) for cell in row] for row in cells]
 
 
 def fill(

@@ -66,4 +66,7 @@ def test_a_calibrated_profile_simulates(tmp_path: Path) -> None:
     assert "chunk of 512 at 0" in out
     profile = load_profile(path)
     assert profile.curve(512) > profile.curve(1) > 0
+    heat = tmp_path / "heat.json"
+    run("calibrate", "--profile", str(path), "--heat-map", str(heat))
+    assert json.loads(heat.read_text())["prefills"][0] == 64
     run("simulate", "--synthetic", "1k", "--requests", "20", "-n", "2", "--profile", str(path))
