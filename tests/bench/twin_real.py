@@ -200,9 +200,11 @@ async def measure(
         for share in LOADS[1:2] if quick else LOADS:
             count = max(10, int(seconds * share * whole))
             load = poisson(PROMPT, OUTPUT, share * whole, count, seed=int(100 * share), spread=SPREAD)
-            compare(
-                report, topology, share, load, await replay(clients, topology == "1P1D", load, 2), profile
-            )
+            bystanders = Bystanders()
+            seen = await replay(clients, topology == "1P1D", load, 2)
+            others = bystanders.share()
+            twin = in_turn(topology, sent_load(load, seen), profile)
+            compare(report, topology, share, load, seen, twin, others)
 
 
 def parse_roles(topology: str) -> list[Role]:
