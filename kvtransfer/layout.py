@@ -19,6 +19,10 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element by torch name."""
 
 
+def _span(heads: range) -> str:
+    return f"{heads.start}-{heads.stop - 1}"
+
+
 class LayoutMismatch(Exception):
     """Two pools cannot exchange blocks. `reason` names every field that differs, ours first."""
 
@@ -49,6 +53,8 @@ class KVLayout:
     order: str = PAGE_ORDER
     version: int = LAYOUT_VERSION
     specs: tuple[KVSpec, ...] = ()
+    first_head: int = 0  # of `kv_heads`, within the model's: a rank of a tensor-parallel group holds some
+    total_heads: int = 0  # the model's KV heads; 0 = `kv_heads`, all are here
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -56,6 +62,10 @@ class KVLayout:
         for name in ("block_tokens", "layers", "kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, is {getattr(self, name)}")
+        if not self.total_heads:
+            object.__setattr__(self, "total_heads", self.kv_heads)
+        if self.first_head < 0 or self.first_head + self.kv_heads > self.total_heads:
+            raise ValueError(f"heads {_span(self.heads)} of {self.total_heads}")
         if not self.specs:
             object.__setattr__(self, "specs", (KVSpec("full", 0, self.layers),))
 
@@ -87,6 +97,7 @@ class KVLayout:
             self.dtype,
             self.order,
             *(str(n) for n in (self.version, self.block_tokens, self.layers, self.kv_heads, self.head_dim)),
+            *(str(n) for n in (self.first_head, self.total_heads)),
             *(f"{spec.kind}:{spec.first_layer}:{spec.layers}" for spec in self.specs),
         ):
             encoded = part.encode()
@@ -94,24 +105,33 @@ class KVLayout:
         return hasher.digest()
 
     def check_compatible(self, other: KVLayout) -> None:
-        """Raises LayoutMismatch, naming every differing field, unless blocks can be copied as they are."""
+        """Raises LayoutMismatch unless `other`'s blocks can be put into a pool of this layout.
+
+        Block size and dtype may differ (`kvtransfer.reshape` converts), and so may the heads that a rank
+        of a tensor-parallel group holds, if the two have some in common. The reason names every field
+        that stands in the way.
+        """
         differing = [
             f"{name} {getattr(self, name)!r} here, {getattr(other, name)!r} there"
-            for name in (
-                "version",
-                "order",
-                "model_revision",
-                "dtype",
-                "block_tokens",
-                "layers",
-                "kv_heads",
-                "head_dim",
-                "specs",
-            )
+            for name in ("version", "order", "model_revision", "layers", "total_heads", "head_dim", "specs")
             if getattr(self, name) != getattr(other, name)
         ]
+        if self.total_heads == other.total_heads and not self.common_heads(other):
+            differing.append(f"heads {_span(self.heads)} here, {_span(other.heads)} there")
         if differing:
             raise LayoutMismatch("KV layouts differ: " + "; ".join(differing))
+
+    @property
+    def heads(self) -> range:
+        """The model's KV heads that this pool holds."""
+        return range(self.first_head, self.first_head + self.kv_heads)
+
+    def common_heads(self, other: KVLayout) -> range:
+        """The model's KV heads that both pools hold."""
+        return range(
+            max(self.first_head, other.first_head),
+            min(self.first_head + self.kv_heads, other.first_head + other.kv_heads),
+        )
 
     def to_proto(self) -> pb.KVLayout:
         return pb.KVLayout(
@@ -123,6 +143,8 @@ class KVLayout:
             head_dim=self.head_dim,
             order=self.order,
             version=self.version,
+            first_head=self.first_head,
+            total_heads=self.total_heads,
             specs=[pb.KVSpec(kind=s.kind, first_layer=s.first_layer, layers=s.layers) for s in self.specs],
         )
 
@@ -139,6 +161,8 @@ class KVLayout:
                 head_dim=message.head_dim,
                 order=message.order,
                 version=message.version,
+                first_head=message.first_head,
+                total_heads=message.total_heads,
                 specs=tuple(KVSpec(s.kind, s.first_layer, s.layers) for s in message.specs),
             )
         except ValueError as error:

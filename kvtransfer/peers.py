@@ -26,6 +26,7 @@ from kvtransfer.channel import open_channel
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, error_of
 from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import HostPool, PoolError
+from kvtransfer.reshape import Reshaper
 from kvtransfer.shm import request_pool
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.choice import Mode, Opener, open_best
@@ -82,6 +83,7 @@ class Peer:
         self._handshake: pb.HandshakeResponse | None = None
         self._layout: KVLayout | None = None
         self._transport: Transport | None = None
+        self._reshaper: Reshaper | None = None
 
     def __str__(self) -> str:
         return f"{self.te_id}/{self.incarnation} at {self.address}"
@@ -91,6 +93,11 @@ class Peer:
         """The one chosen in the last handshake."""
         assert self._transport is not None, "connect comes first"
         return self._transport
+
+    @property
+    def reshaper(self) -> Reshaper | None:
+        """What brings the peer's pages into this pool's layout; None where they are equal."""
+        return self._reshaper
 
     async def connect(self, local: LocalEnd, timeout: float) -> pb.HandshakeResponse:
         """Shakes hands once, and opens the best transport of both ends. Raises TransferError."""
@@ -114,10 +121,13 @@ class Peer:
                     f"{self} is gone: {answer.te_id}/{answer.incarnation} answers there",
                 )
             try:
-                local.layout.check_compatible(KVLayout.from_proto(answer.layout))
+                theirs = KVLayout.from_proto(answer.layout)
+                local.layout.check_compatible(theirs)
             except LayoutMismatch as mismatch:
                 raise TransferError(TransferErrorCode.LAYOUT_MISMATCH, mismatch.reason) from mismatch
-            self._transport = await open_best(local.transports, self._openers(local, answer), str(self))
+            openers = self._openers(local, theirs, answer)
+            self._transport = await open_best(local.transports, openers, str(self))
+            self._reshaper = None if theirs == local.layout else Reshaper(theirs, local.layout)
             self._handshake, self._layout = answer, local.layout
             return answer
 
@@ -131,7 +141,7 @@ class Peer:
         await self.forget()
         await self.channel.close()
 
-    def _openers(self, local: LocalEnd, answer: pb.HandshakeResponse) -> dict[str, Opener]:
+    def _openers(self, local: LocalEnd, theirs: KVLayout, answer: pb.HandshakeResponse) -> dict[str, Opener]:
         """How to open each transport that both ends can do."""
 
         async def grpc_read() -> Transport:
@@ -142,7 +152,7 @@ class Peer:
         if shm_dir is not None and answer.shm_socket:
             # The peer's folder may be mounted elsewhere here: only the name is taken from it.
             openers["shm"] = functools.partial(
-                self._open_shm, local, shm_dir / Path(answer.shm_socket).name, answer.pool_id
+                self._open_shm, local, theirs, shm_dir / Path(answer.shm_socket).name, answer.pool_id
             )
         for offer in answer.offers:
             if offer.name == "unix" and shm_dir is not None:
@@ -158,13 +168,13 @@ class Peer:
             )
         return openers
 
-    async def _open_shm(self, local: LocalEnd, path: Path, pool_id: str) -> ShmTransport:
+    async def _open_shm(self, local: LocalEnd, theirs: KVLayout, path: Path, pool_id: str) -> ShmTransport:
         """Maps the peer's pool. Raises TransportUnavailable."""
         passed = await request_pool(path, self.incarnation, local.token)
         try:
             if passed.pool_id != pool_id:
                 raise TransportUnavailable("reloaded", "the pool was replaced during the handshake")
-            pool = await asyncio.to_thread(HostPool.attach, passed.fd, local.layout, passed.num_blocks)
+            pool = await asyncio.to_thread(HostPool.attach, passed.fd, theirs, passed.num_blocks)
         except PoolError as error:
             raise TransportUnavailable("pool", str(error)) from error
         finally:

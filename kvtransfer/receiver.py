@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
@@ -27,6 +27,7 @@ from kvtransfer.auth import call_metadata
 from kvtransfer.errors import TransferError, TransferErrorCode, code_of, error_of
 from kvtransfer.peers import MAX_PEERS, LocalEnd, Peer, PeerCache
 from kvtransfer.pool import BlockStore
+from kvtransfer.reshape import Reshaper, Targets
 from kvtransfer.runs import Run, align, blocks_of
 from kvtransfer.sender import DEFAULT_LEASE_SECONDS
 from kvtransfer.shm import host_identity
@@ -82,7 +83,9 @@ class _Pull:
     moves: int = 0
     bytes: int = 0
     copy_seconds: float = 0.0
-    in_place: set[int] = field(default_factory=set)
+    wanted: range = range(0)  # the transfer's blocks that are to be copied, in the sender's count
+    reshaper: Reshaper | None = None  # None: the sender's pages are as this pool's
+    in_place: set[int] = field(default_factory=set)  # of `wanted`
     transport: str = "none"
 
 
@@ -191,6 +194,7 @@ class Receiver:
             needed,
             self._clock() + DEFAULT_PULL_SECONDS if deadline is None else deadline,
             attempt,
+            wanted=range(min(skip_blocks, needed), needed),
         )
         work = self._pull(source_address, source_te_id, source_incarnation, store, pull)
         task = asyncio.get_running_loop().create_task(work, name=f"kv-pull-{transfer_id}")
@@ -304,7 +308,9 @@ class Receiver:
         self, peer: Peer, local: LocalEnd, store: BlockStore, pull: _Pull, pool_id: str
     ) -> None:
         transport = peer.transport
-        pull.transport = transport.name
+        pull.transport, pull.reshaper = transport.name, peer.reshaper
+        if pull.reshaper is not None:
+            pull.wanted = pull.reshaper.wanted(pull.first, pull.length)
         request = pb.WatchRequest(
             transfer_id=pull.transfer_id, receiver=local.receiver, pool_id=pool_id, attempt=pull.attempt
         )
@@ -340,36 +346,42 @@ class Receiver:
         wanted = [
             (index, source)
             for index, source in enumerate(announced, chunk.first_block)
-            if pull.first <= index < pull.needed
+            if index in pull.wanted
         ]
         if not wanted:
             return
-        moves = align([source for _, source in wanted], [pull.dst_blocks[index] for index, _ in wanted])
-        size = len(wanted) * store.layout.block_bytes
+        reshaper = pull.reshaper
+        size = len(wanted) * (store.layout if reshaper is None else reshaper.staged).block_bytes
+        job = Job(
+            pull.transfer_id,
+            local.receiver,
+            (),
+            dict(zip(announced, chunk.generations, strict=True)),
+            store,
+            self._checksum,
+            lambda: self._left(pull),
+        )
         started = self._clock()
         metrics.INFLIGHT_BYTES.inc(size)
         try:
-            await transport.copy(
-                Job(
-                    pull.transfer_id,
-                    local.receiver,
-                    moves,
-                    dict(zip(announced, chunk.generations, strict=True)),
-                    store,
-                    self._checksum,
-                    lambda: self._left(pull),
+            if reshaper is None:
+                moves = align(
+                    [source for _, source in wanted], [pull.dst_blocks[index] for index, _ in wanted]
                 )
-            )
+                await transport.copy(replace(job, moves=moves))
+                pull.moves += len(moves)
+            else:
+                targets = Targets(store, pull.dst_blocks[: pull.needed], pull.first)
+                pull.moves += await reshaper.copy(transport, job, wanted, targets, self._workers)
         finally:
             metrics.INFLIGHT_BYTES.dec(size)
             pull.copy_seconds += self._clock() - started
         pull.in_place.update(index for index, _ in wanted)
-        pull.moves += len(moves)
         pull.bytes += size
         metrics.BYTES.labels(transport.name).inc(size)
 
     def _check_complete(self, pull: _Pull, complete: pb.TransferComplete) -> None:
-        missing = pull.needed - pull.first - len(pull.in_place)
+        missing = len(pull.wanted) - len(pull.in_place)
         if complete.tokens < pull.length or missing:
             raise TransferError(
                 TransferErrorCode.ABORTED,

@@ -87,6 +87,8 @@ class KVLayout(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SPECS_FIELD_NUMBER: _builtins.int
+    FIRST_HEAD_FIELD_NUMBER: _builtins.int
+    TOTAL_HEADS_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     dtype: _builtins.str
     """torch name: "bfloat16", "float16", "float32" """
@@ -97,6 +99,10 @@ class KVLayout(_message.Message):
     order: _builtins.str
     """"block,layer,kv,head,token,dim" """
     version: _builtins.int
+    first_head: _builtins.int
+    """of kv_heads within the model's (a rank of a tensor-parallel group)"""
+    total_heads: _builtins.int
+    """the model's; 0 = kv_heads"""
     @_builtins.property
     def specs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KVSpec]:
         """per layer group"""
@@ -113,10 +119,12 @@ class KVLayout(_message.Message):
         order: _builtins.str = ...,
         version: _builtins.int = ...,
         specs: _abc.Iterable[Global___KVSpec] | None = ...,
+        first_head: _builtins.int = ...,
+        total_heads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "dtype", b"dtype", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "layers", b"layers", "model_revision", b"model_revision", "order", b"order", "specs", b"specs", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "dtype", b"dtype", "first_head", b"first_head", "head_dim", b"head_dim", "kv_heads", b"kv_heads", "layers", b"layers", "model_revision", b"model_revision", "order", b"order", "specs", b"specs", "total_heads", b"total_heads", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

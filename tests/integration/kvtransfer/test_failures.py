@@ -278,11 +278,11 @@ async def test_detaching_the_pool_ends_pulls_with_an_error(tmp_path: Path) -> No
 
 
 async def test_a_mismatched_layout_is_refused_with_every_reason_and_released(tmp_path: Path) -> None:
-    other = dataclasses.replace(LAYOUT, kv_heads=4, dtype="float16", specs=())
+    other = dataclasses.replace(LAYOUT, layers=3, head_dim=16, specs=())
     async with serving(tmp_path) as host, receiving(tmp_path, layout=other) as (receiver, _pool):
         host.offer_all("t", [1], 16)
         error = await failing(host.pull(receiver, "t", [1], 16), Code.LAYOUT_MISMATCH)
-        assert "dtype 'float32' here, 'float16' there; kv_heads 2 here, 4 there" in error.message
+        assert "layers 2 here, 3 there; head_dim 8 here, 16 there" in error.message
         assert not error.retryable
         assert await host.outcome("t") == "aborted"
 

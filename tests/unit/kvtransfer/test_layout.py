@@ -28,10 +28,8 @@ def test_survives_the_wire() -> None:
     ("field", "value"),
     [
         ("model_revision", "m@2"),
-        ("dtype", "float16"),
-        ("block_tokens", 32),
         ("layers", 24),
-        ("kv_heads", 4),
+        ("total_heads", 4),
         ("head_dim", 128),
         ("order", "layer,block,kv,head,token,dim"),
         ("version", 2),
@@ -46,8 +44,22 @@ def test_every_difference_is_refused_and_named(field: str, value: object) -> Non
     assert f"{field} {getattr(LAYOUT, field)!r} here, {getattr(other, field)!r} there" in raised.value.reason
 
 
-def test_equal_layouts_are_compatible() -> None:
+def test_layouts_that_can_be_converted_are_compatible() -> None:
     LAYOUT.check_compatible(dataclasses.replace(LAYOUT))
+    for change in ({"dtype": "float32"}, {"dtype": "float16"}, {"block_tokens": 24}):
+        other = dataclasses.replace(LAYOUT, **change)
+        assert other.digest() != LAYOUT.digest()
+        LAYOUT.check_compatible(other)
+    LAYOUT.check_compatible(dataclasses.replace(LAYOUT, kv_heads=1, first_head=2, total_heads=3))
+
+
+def test_ranks_without_a_head_in_common_are_refused_with_their_heads() -> None:
+    first = dataclasses.replace(LAYOUT, kv_heads=1, first_head=0, total_heads=3)
+    rest = dataclasses.replace(LAYOUT, kv_heads=2, first_head=1, total_heads=3)
+    with pytest.raises(LayoutMismatch, match="heads 0-0 here, 1-2 there"):
+        first.check_compatible(rest)
+    with pytest.raises(ValueError, match="heads 2-4 of 3"):
+        dataclasses.replace(LAYOUT, first_head=2, total_heads=3)
 
 
 def test_nonsense_is_refused_at_once() -> None:
