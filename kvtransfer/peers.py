@@ -31,6 +31,7 @@ from kvtransfer.shm import request_pool
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.choice import Mode, Opener, open_best
 from kvtransfer.transports.grpc_read import GrpcTransport
+from kvtransfer.transports.onesided import LIBRARIES, OneSidedTransport, Registered
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.stream import StreamEnd, StreamTransport
 
@@ -55,6 +56,7 @@ class LocalEnd:
     shm_dir: Path | None
     transports: Mode
     peer_timeout: float  # seconds
+    host: str  # this executor's address, for libraries that listen
     copy_workers: ThreadPoolExecutor
     stream_workers: ThreadPoolExecutor
     attempt: int = 0  # of the task that pulls
@@ -160,6 +162,12 @@ class Peer:
             elif offer.name == "tcp" and offer.address.isdecimal():
                 host = self.address.rpartition(":")[0].removeprefix("[").removesuffix("]")
                 address = (host, int(offer.address))
+            elif offer.name in LIBRARIES:
+                source = Registered(offer.library, offer.pages, offer.table)
+                openers[offer.name] = functools.partial(
+                    OneSidedTransport.open, offer.name, local.receiver, local.host, source, theirs
+                )
+                continue
             else:
                 continue  # of a newer peer, or out of our reach
             end = StreamEnd(offer.name, address, self.incarnation, local.token)

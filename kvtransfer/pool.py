@@ -197,6 +197,11 @@ class HostPool:
         """All pages, `num_blocks * layout.block_bytes` bytes; writable for the owner only."""
         return self._pages
 
+    def addresses(self) -> tuple[int, int]:
+        """Where the pages and the table of generations lie in this process, for libraries that pin memory."""
+        pages = np.frombuffer(self._pages, np.uint8).ctypes.data
+        return pages, np.frombuffer(self._generations, np.uint64).ctypes.data
+
     @property
     def retired(self) -> bool:
         """The owner closed the pool: nothing in it may be trusted any more."""

@@ -100,6 +100,7 @@ class Receiver:
         *,
         token: str,
         transports: Mode = "auto",
+        host: str = "127.0.0.1",
         shm_dir: Path | None = None,
         peer_timeout: float = DEFAULT_PEER_TIMEOUT,
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
@@ -117,6 +118,7 @@ class Receiver:
         self._token = token
         self._metadata = call_metadata(token)
         self._transports = transports
+        self._host = host
         self._shm_dir = shm_dir
         self._peer_timeout = peer_timeout
         self._heartbeat = min(lease_seconds / 3, peer_timeout / 2)
@@ -418,6 +420,7 @@ class Receiver:
             self._shm_dir,
             self._transports,
             self._peer_timeout,
+            self._host,
             self._workers,
             self._streams,
             attempt=attempt,

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +22,15 @@ class Run:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One copy of `count` blocks: from `src` on in the sender's pool to `dst` on in the receiver's."""
+class Move(NamedTuple):
+    """One copy of `count` blocks: from `src` on in the sender's pool to `dst` on in the receiver's.
+
+    A tuple: a request of thousands of scattered blocks makes as many, while its prefill computes.
+    """
 
     src: int
     dst: int
-    count: int
+    count: int  # type: ignore[assignment]  # a field here; nobody counts equal items of a move
 
 
 def runs_of(blocks: Iterable[int]) -> list[Run]:
@@ -60,16 +65,12 @@ def align(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> list[Move]:
         raise ValueError(f"{len(src_blocks)} source blocks for {len(dst_blocks)} destinations")
     if len(set(dst_blocks)) != len(dst_blocks):
         raise ValueError("a destination block is named twice")
-    moves: list[Move] = []
-    pairs = sorted(zip(src_blocks, dst_blocks, strict=True), key=lambda pair: (pair[1] - pair[0], pair[0]))
-    first_src = first_dst = count = 0
-    for src, dst in pairs:
-        if count and src == first_src + count and dst == first_dst + count:
-            count += 1
-            continue
-        if count:
-            moves.append(Move(first_src, first_dst, count))
-        first_src, first_dst, count = src, dst, 1
-    if count:
-        moves.append(Move(first_src, first_dst, count))
-    return sorted(moves, key=lambda move: move.src)
+    if not len(src_blocks):
+        return []
+    src, dst = np.asarray(src_blocks, np.int64), np.asarray(dst_blocks, np.int64)
+    order = np.lexsort((src, dst - src))  # by diagonal, then by source
+    src, dst = src[order], dst[order]
+    goes_on = (src[1:] == src[:-1] + 1) & (dst[1:] == dst[:-1] + 1)
+    first = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    moves = np.stack((src[first], dst[first], np.diff(first, append=len(src))), axis=1)
+    return list(map(Move._make, moves[np.argsort(moves[:, 0], kind="stable")].tolist()))

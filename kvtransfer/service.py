@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -19,12 +20,13 @@ import grpc.aio
 from deepflow.v1 import kvtransfer_pb2 as pb
 
 from kvtransfer import metrics
-from kvtransfer.errors import TransferError, TransferErrorCode, status_of
+from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, status_of
 from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool
 from kvtransfer.sender import Chunk, Sender
 from kvtransfer.shm import PoolServer, host_identity
 from kvtransfer.transports.grpc_serve import read_frames
+from kvtransfer.transports.onesided import LIBRARIES, Source
 from kvtransfer.transports.stream_server import StreamServer
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 class KVTransferService:
     """Serves one Sender. Without `shm_dir` nothing is shared on the host; `data_listen` is the host and
-    port of the data socket (port 0: any), without it other hosts read over gRPC."""
+    port of the data socket (port 0: any), without it other hosts read over gRPC. `library` ("nixl",
+    "mooncake") reads the pool at `host`, where it is asked for."""
 
     def __init__(
         self,
@@ -54,6 +57,8 @@ class KVTransferService:
         token: str = "",
         shm_dir: Path | None = None,
         data_listen: tuple[str, int] | None = None,
+        library: str = "",
+        host: str = "127.0.0.1",
         max_reads: int = MAX_READS,
         max_watches: int = MAX_WATCHES,
         watch_grace: float = WATCH_GRACE_SECONDS,
@@ -67,6 +72,10 @@ class KVTransferService:
         self._data_listen = data_listen
         self._streams: StreamServer | None = None
         self._offers: dict[str, str] = {}  # address by name
+        self._library = library
+        self._host = host
+        self._registered: tuple[str, Source] | None = None  # of the pool with this id
+        self._registering = asyncio.Lock()
         self._reads = asyncio.Semaphore(max_reads)
         self._waiting_reads = 0
         self._watches = 0
@@ -136,7 +145,7 @@ class KVTransferService:
 
     async def stop(self, reason: str = "the executor stops") -> None:
         """Withdraws what is left and gives the socket back. Idempotent."""
-        self.sender.detach_store(reason)
+        self.detach_store(reason)
         if self._reaper is not None:
             self._reaper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -155,6 +164,7 @@ class KVTransferService:
 
     def detach_store(self, reason: str = "the model was unloaded") -> None:
         self.sender.detach_store(reason)
+        self._registered = None
 
     async def _reap(self) -> None:
         interval = min(MAX_REAP_SECONDS, self.sender.lease_seconds / 10)
@@ -175,6 +185,7 @@ class KVTransferService:
         except LayoutMismatch as mismatch:
             logger.warning("handshake with %s/%s refused: %s", request.te_id, request.incarnation, mismatch)
             await _abort(context, TransferError(TransferErrorCode.LAYOUT_MISMATCH, mismatch.reason))
+        registered = await self._register(store, pool_id)
         shared = bool(self._host_identity) and request.host_identity == self._host_identity
         return pb.HandshakeResponse(
             te_id=self.sender.te_id,
@@ -188,7 +199,26 @@ class KVTransferService:
                 pb.TransportOffer(name=name, address=address)
                 for name, address in self._offers.items()
                 if shared or name != "unix"
-            ],
+            ]
+            + ([] if registered is None else [registered]),
+        )
+
+    async def _register(self, store: BlockStore, pool_id: str) -> pb.TransportOffer | None:
+        """The configured library's offer; made once for each pool, None without it."""
+        if self._library not in LIBRARIES or not isinstance(store, HostPool):
+            return None
+        async with self._registering:
+            if self._registered is None or self._registered[0] != pool_id:
+                owner = f"{self.sender.te_id}/{self.sender.incarnation}"
+                make = functools.partial(Source, self._library, owner, self._host, store)
+                try:
+                    self._registered = (pool_id, await asyncio.to_thread(make))
+                except TransportUnavailable as error:
+                    logger.warning("no transport %s: %s", self._library, error)
+                    return None
+            made = self._registered[1].registered
+        return pb.TransportOffer(
+            name=self._library, library=made.description, pages=made.pages, table=made.table
         )
 
     async def watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.TransferUpdate]:

@@ -87,6 +87,7 @@ class TaskExecutorProcess:
             self.incarnation,
             token=settings.token,
             transports=settings.kv_transport,  # type: ignore[arg-type]  # argparse's choices are these
+            host=settings.advertise_host,
             shm_dir=settings.shm_dir,
             lease_seconds=settings.lease_seconds,
             max_pulls=settings.max_running,
@@ -106,6 +107,8 @@ class TaskExecutorProcess:
             token=settings.token,
             shm_dir=settings.shm_dir,
             data_listen=None if data is None else (data.host, data.port),
+            library=settings.kv_transport,
+            host=settings.advertise_host,
         )
         self._loader = Loader(settings, self._handover, self._on_event)
         self._registry: Registry | None = None

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvtransfer.transports.choice import MODES
+
 TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
 PARENT_DEATH_ENV = "DEEPFLOW_PARENT_DEATH"
 # Under the grace of whoever stops us (local supervisor: 15 s, Kubernetes: 30 s), so that the
@@ -110,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="compute threads (default: the cores it may use)")
     add("--metrics-listen", default="127.0.0.1:0", help="HOST:PORT of /metrics; 'off' = none")
     add("--shm-dir", type=Path, help="folder of the sockets that pass KV pools on this host")
-    add("--kv-transport", default="auto", choices=("auto", "shm", "unix", "tcp", "grpc"))
+    add("--kv-transport", default="auto", choices=MODES)
     add(
         "--kv-data-listen",
         default="",

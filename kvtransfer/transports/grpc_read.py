@@ -13,6 +13,7 @@ from deepflow.v1 import kvtransfer_pb2 as pb
 from kvtransfer.channel import READ_CHUNK_BYTES
 from kvtransfer.errors import TransferError, TransferErrorCode, error_of
 from kvtransfer.frames import checksum_holds, decode_frame
+from kvtransfer.native import keep_freed_memory
 from kvtransfer.pool import copy_bytes
 from kvtransfer.transports.base import Job, landing, run_quarantined
 
@@ -30,6 +31,7 @@ class GrpcTransport:
         self._peer = peer
         self._metadata = metadata
         self._workers = workers
+        keep_freed_memory()
 
     async def copy(self, job: Job) -> None:
         if not job.moves:

@@ -10,6 +10,7 @@ from deepflow.v1 import kvtransfer_pb2 as pb
 from kvtransfer import metrics
 from kvtransfer.channel import READ_CHUNK_BYTES
 from kvtransfer.frames import encode_frame
+from kvtransfer.native import keep_freed_memory
 from kvtransfer.sender import Sender
 from kvtransfer.transports.base import frames_of
 from kvtransfer.transports.source import ReadPlan
@@ -20,6 +21,7 @@ async def read_frames(sender: Sender, request: pb.ReadRequest) -> AsyncIterator[
 
     Small runs share a message. Raises TransferError.
     """
+    keep_freed_memory()
     plan = ReadPlan.make(sender, request)
     on_host = plan.store.view(0, 0) is not None
     for frame in frames_of(plan.runs(), max(1, READ_CHUNK_BYTES // plan.block_bytes)):

@@ -62,7 +62,7 @@ class ShmTransport:
         sliced = job.heads[1] > 0
         target = store.view(0, store.num_blocks)
         if target is not None:
-            moves = np.array([(move.src, move.dst, move.count) for move in job.moves], np.int64)
+            moves = np.array(job.moves, np.int64)
             pieces = head_pieces(moves, self._source.layout, job.heads) if sliced else moves * size
             copy_pieces(target, self._source.pages, pieces, stop)
             return

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64\x65\x65pflow/v1/kvtransfer.proto\x12\x0b\x64\x65\x65pflow.v1\"\xe8\x01\n\x08KVLayout\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\"\n\x05specs\x18\t \x03(\x0b\x32\x13.deepflow.v1.KVSpec\x12\x12\n\nfirst_head\x18\n \x01(\r\x12\x13\n\x0btotal_heads\x18\x0b \x01(\r\";\n\x06KVSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\"t\n\x10HandshakeRequest\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x15\n\rhost_identity\x18\x04 \x01(\t\"\xdb\x01\n\x11HandshakeResponse\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rhost_identity\x18\x05 \x01(\t\x12\x12\n\nshm_socket\x18\x06 \x01(\t\x12\x0f\n\x07pool_id\x18\x07 \x01(\t\x12+\n\x06offers\x18\x08 \x03(\x0b\x32\x1b.deepflow.v1.TransportOffer\"/\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"(\n\x08\x42lockRun\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"W\n\x0cWatchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\xa6\x01\n\x0eTransferUpdate\x12(\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.deepflow.v1.ChunkReadyH\x00\x12\x31\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1d.deepflow.v1.TransferCompleteH\x00\x12-\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1b.deepflow.v1.TransferFailedH\x00\x42\x08\n\x06update\"k\n\nChunkReady\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12#\n\x04runs\x18\x02 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"C\n\x10TransferComplete\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"O\n\x0eTransferFailed\x12,\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1e.deepflow.v1.TransferErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xa3\x01\n\x0bReadRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12#\n\x04runs\x18\x03 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\r\n\x05heads\x18\x07 \x01(\r\"(\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x02 \x01(\r\"5\n\x0cRenewRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\"!\n\rRenewResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"R\n\rFinishRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1f\n\x0e\x46inishResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x08*\xc8\x03\n\x11TransferErrorCode\x12#\n\x1fTRANSFER_ERROR_CODE_UNSPECIFIED\x10\x00\x12(\n$TRANSFER_ERROR_CODE_UNKNOWN_TRANSFER\x10\x01\x12\'\n#TRANSFER_ERROR_CODE_LAYOUT_MISMATCH\x10\x02\x12%\n!TRANSFER_ERROR_CODE_LEASE_EXPIRED\x10\x03\x12\x1f\n\x1bTRANSFER_ERROR_CODE_ABORTED\x10\x04\x12(\n$TRANSFER_ERROR_CODE_GENERATION_MOVED\x10\x05\x12!\n\x1dTRANSFER_ERROR_CODE_PEER_LOST\x10\x06\x12 \n\x1cTRANSFER_ERROR_CODE_CHECKSUM\x10\x07\x12 \n\x1cTRANSFER_ERROR_CODE_DEADLINE\x10\x08\x12 \n\x1cTRANSFER_ERROR_CODE_INTERNAL\x10\t\x12\x1c\n\x18TRANSFER_ERROR_CODE_BUSY\x10\n\x12\"\n\x1eTRANSFER_ERROR_CODE_STALE_POOL\x10\x0b\x32\xda\x02\n\nKVTransfer\x12J\n\tHandshake\x12\x1d.deepflow.v1.HandshakeRequest\x1a\x1e.deepflow.v1.HandshakeResponse\x12\x41\n\x05Watch\x12\x19.deepflow.v1.WatchRequest\x1a\x1b.deepflow.v1.TransferUpdate0\x01\x12:\n\x04Read\x12\x18.deepflow.v1.ReadRequest\x1a\x16.deepflow.v1.ReadChunk0\x01\x12>\n\x05Renew\x12\x19.deepflow.v1.RenewRequest\x1a\x1a.deepflow.v1.RenewResponse\x12\x41\n\x06\x46inish\x12\x1a.deepflow.v1.FinishRequest\x1a\x1b.deepflow.v1.FinishResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64\x65\x65pflow/v1/kvtransfer.proto\x12\x0b\x64\x65\x65pflow.v1\"\xe8\x01\n\x08KVLayout\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\"\n\x05specs\x18\t \x03(\x0b\x32\x13.deepflow.v1.KVSpec\x12\x12\n\nfirst_head\x18\n \x01(\r\x12\x13\n\x0btotal_heads\x18\x0b \x01(\r\";\n\x06KVSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\"t\n\x10HandshakeRequest\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x15\n\rhost_identity\x18\x04 \x01(\t\"\xdb\x01\n\x11HandshakeResponse\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rhost_identity\x18\x05 \x01(\t\x12\x12\n\nshm_socket\x18\x06 \x01(\t\x12\x0f\n\x07pool_id\x18\x07 \x01(\t\x12+\n\x06offers\x18\x08 \x03(\x0b\x32\x1b.deepflow.v1.TransportOffer\"^\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07library\x18\x03 \x01(\x0c\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\r\n\x05table\x18\x05 \x01(\x04\"(\n\x08\x42lockRun\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"W\n\x0cWatchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\xa6\x01\n\x0eTransferUpdate\x12(\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.deepflow.v1.ChunkReadyH\x00\x12\x31\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1d.deepflow.v1.TransferCompleteH\x00\x12-\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1b.deepflow.v1.TransferFailedH\x00\x42\x08\n\x06update\"k\n\nChunkReady\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12#\n\x04runs\x18\x02 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"C\n\x10TransferComplete\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"O\n\x0eTransferFailed\x12,\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1e.deepflow.v1.TransferErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xa3\x01\n\x0bReadRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12#\n\x04runs\x18\x03 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\r\n\x05heads\x18\x07 \x01(\r\"(\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x02 \x01(\r\"5\n\x0cRenewRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\"!\n\rRenewResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"R\n\rFinishRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1f\n\x0e\x46inishResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x08*\xc8\x03\n\x11TransferErrorCode\x12#\n\x1fTRANSFER_ERROR_CODE_UNSPECIFIED\x10\x00\x12(\n$TRANSFER_ERROR_CODE_UNKNOWN_TRANSFER\x10\x01\x12\'\n#TRANSFER_ERROR_CODE_LAYOUT_MISMATCH\x10\x02\x12%\n!TRANSFER_ERROR_CODE_LEASE_EXPIRED\x10\x03\x12\x1f\n\x1bTRANSFER_ERROR_CODE_ABORTED\x10\x04\x12(\n$TRANSFER_ERROR_CODE_GENERATION_MOVED\x10\x05\x12!\n\x1dTRANSFER_ERROR_CODE_PEER_LOST\x10\x06\x12 \n\x1cTRANSFER_ERROR_CODE_CHECKSUM\x10\x07\x12 \n\x1cTRANSFER_ERROR_CODE_DEADLINE\x10\x08\x12 \n\x1cTRANSFER_ERROR_CODE_INTERNAL\x10\t\x12\x1c\n\x18TRANSFER_ERROR_CODE_BUSY\x10\n\x12\"\n\x1eTRANSFER_ERROR_CODE_STALE_POOL\x10\x0b\x32\xda\x02\n\nKVTransfer\x12J\n\tHandshake\x12\x1d.deepflow.v1.HandshakeRequest\x1a\x1e.deepflow.v1.HandshakeResponse\x12\x41\n\x05Watch\x12\x19.deepflow.v1.WatchRequest\x1a\x1b.deepflow.v1.TransferUpdate0\x01\x12:\n\x04Read\x12\x18.deepflow.v1.ReadRequest\x1a\x16.deepflow.v1.ReadChunk0\x01\x12>\n\x05Renew\x12\x19.deepflow.v1.RenewRequest\x1a\x1a.deepflow.v1.RenewResponse\x12\x41\n\x06\x46inish\x12\x1a.deepflow.v1.FinishRequest\x1a\x1b.deepflow.v1.FinishResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deepflow.v1.kvtransfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERERRORCODE']._serialized_start=1705
-  _globals['_TRANSFERERRORCODE']._serialized_end=2161
+  _globals['_TRANSFERERRORCODE']._serialized_start=1752
+  _globals['_TRANSFERERRORCODE']._serialized_end=2208
   _globals['_KVLAYOUT']._serialized_start=46
   _globals['_KVLAYOUT']._serialized_end=278
   _globals['_KVSPEC']._serialized_start=280
@@ -42,31 +42,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDSHAKERESPONSE']._serialized_start=460
   _globals['_HANDSHAKERESPONSE']._serialized_end=679
   _globals['_TRANSPORTOFFER']._serialized_start=681
-  _globals['_TRANSPORTOFFER']._serialized_end=728
-  _globals['_BLOCKRUN']._serialized_start=730
-  _globals['_BLOCKRUN']._serialized_end=770
-  _globals['_WATCHREQUEST']._serialized_start=772
-  _globals['_WATCHREQUEST']._serialized_end=859
-  _globals['_TRANSFERUPDATE']._serialized_start=862
-  _globals['_TRANSFERUPDATE']._serialized_end=1028
-  _globals['_CHUNKREADY']._serialized_start=1030
-  _globals['_CHUNKREADY']._serialized_end=1137
-  _globals['_TRANSFERCOMPLETE']._serialized_start=1139
-  _globals['_TRANSFERCOMPLETE']._serialized_end=1206
-  _globals['_TRANSFERFAILED']._serialized_start=1208
-  _globals['_TRANSFERFAILED']._serialized_end=1287
-  _globals['_READREQUEST']._serialized_start=1290
-  _globals['_READREQUEST']._serialized_end=1453
-  _globals['_READCHUNK']._serialized_start=1455
-  _globals['_READCHUNK']._serialized_end=1495
-  _globals['_RENEWREQUEST']._serialized_start=1497
-  _globals['_RENEWREQUEST']._serialized_end=1550
-  _globals['_RENEWRESPONSE']._serialized_start=1552
-  _globals['_RENEWRESPONSE']._serialized_end=1585
-  _globals['_FINISHREQUEST']._serialized_start=1587
-  _globals['_FINISHREQUEST']._serialized_end=1669
-  _globals['_FINISHRESPONSE']._serialized_start=1671
-  _globals['_FINISHRESPONSE']._serialized_end=1702
-  _globals['_KVTRANSFER']._serialized_start=2164
-  _globals['_KVTRANSFER']._serialized_end=2510
+  _globals['_TRANSPORTOFFER']._serialized_end=775
+  _globals['_BLOCKRUN']._serialized_start=777
+  _globals['_BLOCKRUN']._serialized_end=817
+  _globals['_WATCHREQUEST']._serialized_start=819
+  _globals['_WATCHREQUEST']._serialized_end=906
+  _globals['_TRANSFERUPDATE']._serialized_start=909
+  _globals['_TRANSFERUPDATE']._serialized_end=1075
+  _globals['_CHUNKREADY']._serialized_start=1077
+  _globals['_CHUNKREADY']._serialized_end=1184
+  _globals['_TRANSFERCOMPLETE']._serialized_start=1186
+  _globals['_TRANSFERCOMPLETE']._serialized_end=1253
+  _globals['_TRANSFERFAILED']._serialized_start=1255
+  _globals['_TRANSFERFAILED']._serialized_end=1334
+  _globals['_READREQUEST']._serialized_start=1337
+  _globals['_READREQUEST']._serialized_end=1500
+  _globals['_READCHUNK']._serialized_start=1502
+  _globals['_READCHUNK']._serialized_end=1542
+  _globals['_RENEWREQUEST']._serialized_start=1544
+  _globals['_RENEWREQUEST']._serialized_end=1597
+  _globals['_RENEWRESPONSE']._serialized_start=1599
+  _globals['_RENEWRESPONSE']._serialized_end=1632
+  _globals['_FINISHREQUEST']._serialized_start=1634
+  _globals['_FINISHREQUEST']._serialized_end=1716
+  _globals['_FINISHRESPONSE']._serialized_start=1718
+  _globals['_FINISHRESPONSE']._serialized_end=1749
+  _globals['_KVTRANSFER']._serialized_start=2211
+  _globals['_KVTRANSFER']._serialized_end=2557
 # @@protoc_insertion_point(module_scope)

@@ -240,18 +240,30 @@ class TransportOffer(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    LIBRARY_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     """"unix": name of the socket in the shared folder; "tcp": port at the sender's host"""
+    library: _builtins.bytes
+    """"nixl", "mooncake": the library's own description of the sender"""
+    pages: _builtins.int
+    """address of the pool's pages there"""
+    table: _builtins.int
+    """and of its generations, 8 bytes each"""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         address: _builtins.str = ...,
+        library: _builtins.bytes = ...,
+        pages: _builtins.int = ...,
+        table: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "library", b"library", "name", b"name", "pages", b"pages", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
