@@ -4,9 +4,8 @@
  * interpreter lock for every piece of 64 KiB may wait a switch interval for it after each.
  *
  * Large copies write around the cache: a pool is larger than any cache, and a store that allocates a
- * line first reads it from memory, which costs a third of the bandwidth (measured by
- * tests/bench/kv_transfer.py: 15 GB/s against 10 GB/s of memcpy). Small ones stay in the cache, where
- * the next step of the engine finds them.
+ * line first reads it from memory, which costs a third of the bandwidth. Small ones stay in the cache,
+ * where the next step of the engine finds them.
  */
 #include <stdint.h>
 #include <string.h>

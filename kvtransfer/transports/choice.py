@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["auto", "shm", "unix", "tcp", "grpc", "nixl", "mooncake"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 BEST_FIRST = ("shm", "unix", "tcp", "grpc")
-"""By rate over one host: 15, 6, 3 and 1.5 GB/s (tests/bench/kv_transfer.py)."""
+"""By rate, as tests/bench/kv_transfer.py measures it over one host."""
 
 Opener = Callable[[], Awaitable[Transport]]
 
