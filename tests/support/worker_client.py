@@ -115,13 +115,13 @@ class WorkerClient:
             first.set()
         if delta.HasField("cached_tokens"):
             run.cached_tokens = delta.cached_tokens
+        if delta.HasField("handover"):  # also when a prefill says that it has started
+            run.handover = delta.handover
         if delta.finish:
             run.finish = delta.finish
             run.transfer_seconds = delta.timings.transfer_seconds
             if delta.HasField("error"):
                 run.error = delta.error
-            if delta.HasField("handover"):
-                run.handover = delta.handover
             first.set()
             done.set()
 
@@ -140,6 +140,8 @@ class WorkerClient:
         timeout_ms: int = 0,
         processor_state: bytes = b"",
         cache_salt: bytes = b"",
+        tell_start: bool = False,
+        early: bool = False,
     ) -> tuple[TaskRun, asyncio.Event, asyncio.Event]:
         """Submits a task; returns (run, finished, first token) without waiting for either."""
         task_id = task_id or f"direct-{time.time_ns():x}-{next(_ids)}"
@@ -158,6 +160,8 @@ class WorkerClient:
             timeout_ms=timeout_ms,
             processor_state=processor_state,
             cache_salt=cache_salt,
+            tell_start=tell_start,
+            early=early,
         )
         async with self._writing:
             await self._call.write(worker_pb2.TasksRequest(submit=task))
