@@ -24,6 +24,7 @@ from deepflow.v1 import kvtransfer_pb2 as pb
 
 from kvtransfer import metrics
 from kvtransfer.auth import call_metadata
+from kvtransfer.budget import ByteBudget
 from kvtransfer.errors import TransferError, TransferErrorCode, code_of, error_of
 from kvtransfer.peers import MAX_PEERS, LocalEnd, Peer, PeerCache
 from kvtransfer.pool import BlockStore
@@ -46,6 +47,9 @@ MAX_PULLS = 64
 """Pulls at once, the engine's default of running tasks; most of them wait for a prefill."""
 MAX_WAITING = 256
 """Pulls that wait for a slot, the engine's default bound of tasks."""
+MAX_INFLIGHT_BYTES = 256 << 20
+"""Bytes that are copied at once: two prompts of 1,024 tokens of an 8B model. More in flight end no sooner
+(ours); a single chunk above it is copied alone."""
 COPY_THREADS = 2
 """One core copies about 10 GB/s, a socket's worth of memory bandwidth is reached with few (ours)."""
 STREAM_THREADS = 8
@@ -107,6 +111,7 @@ class Receiver:
         checksum: bool = False,
         max_pulls: int = MAX_PULLS,
         max_waiting: int = MAX_WAITING,
+        max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         max_peers: int = MAX_PEERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -124,6 +129,7 @@ class Receiver:
         self._heartbeat = min(lease_seconds / 3, peer_timeout / 2)
         self._checksum = checksum
         self._clock = clock
+        self._budget = ByteBudget(max_inflight_bytes)
         self._slots = asyncio.Semaphore(max_pulls)
         self._max_waiting = max_waiting
         self._waiting = 0
@@ -363,21 +369,22 @@ class Receiver:
             self._checksum,
             lambda: self._left(pull),
         )
-        started = self._clock()
-        metrics.INFLIGHT_BYTES.inc(size)
-        try:
-            if reshaper is None:
-                moves = align(
-                    [source for _, source in wanted], [pull.dst_blocks[index] for index, _ in wanted]
-                )
-                await transport.copy(replace(job, moves=moves))
-                pull.moves += len(moves)
-            else:
-                targets = Targets(store, pull.dst_blocks[: pull.needed], pull.first)
-                pull.moves += await reshaper.copy(transport, job, wanted, targets, self._workers)
-        finally:
-            metrics.INFLIGHT_BYTES.dec(size)
-            pull.copy_seconds += self._clock() - started
+        async with self._budget.hold(size):
+            started = self._clock()
+            metrics.INFLIGHT_BYTES.inc(size)
+            try:
+                if reshaper is None:
+                    moves = align(
+                        [source for _, source in wanted], [pull.dst_blocks[index] for index, _ in wanted]
+                    )
+                    await transport.copy(replace(job, moves=moves))
+                    pull.moves += len(moves)
+                else:
+                    targets = Targets(store, pull.dst_blocks[: pull.needed], pull.first)
+                    pull.moves += await reshaper.copy(transport, job, wanted, targets, self._workers)
+            finally:
+                metrics.INFLIGHT_BYTES.dec(size)
+                pull.copy_seconds += self._clock() - started
         pull.in_place.update(index for index, _ in wanted)
         pull.bytes += size
         metrics.BYTES.labels(transport.name).inc(size)

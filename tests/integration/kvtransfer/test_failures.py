@@ -456,3 +456,23 @@ async def test_a_receiver_that_closes_leaves_no_task(tmp_path: Path) -> None:
         assert {t for t in asyncio.all_tasks() - before if t.get_name().startswith("kv-")} == set()
         assert host.released == [("t", "acked")]
         pool.close()
+
+
+async def test_bytes_in_flight_are_bounded(tmp_path: Path) -> None:
+    """One page at a time: ten pulls at once are ten copies after each other, and all of them arrive."""
+    async with (
+        serving(tmp_path) as host,
+        receiving(
+            tmp_path, max_inflight_bytes=LAYOUT.block_bytes, wrap=lambda pool: StagedStore(pool, 0.01)
+        ) as (receiver, pool),
+    ):
+        for number in range(10):
+            host.offer_all(f"t{number}", [number], 16)
+        pulls = [host.pull(receiver, f"t{number}", [number + 50], 16) for number in range(10)]
+        running = asyncio.gather(*pulls)
+        most = 0
+        while not running.done():
+            most = max(most, receiver._budget.used)
+            await asyncio.sleep(0.001)
+        assert 0 < most <= LAYOUT.block_bytes
+        assert block_bytes(pool, range(50, 60)) == block_bytes(host.pool, range(10))
