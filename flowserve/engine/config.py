@@ -31,6 +31,9 @@ class EngineConfig:
     can starve nobody."""
     idle_tick_seconds: float = 0.25
     """Longest sleep of an idle loop; half of what the load report's age may reach."""
+    compact_call_seconds: float = 0.0
+    """What a call of a KV transfer costs: where runs cost more than copies, a prefill's blocks are copied
+    into one before they are announced. 0 = never."""
     stuck_seconds: float = 60.0
     """A task or transfer without progress for so long counts as stuck (twice the default lease)."""
 

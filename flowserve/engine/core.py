@@ -75,7 +75,7 @@ class EngineCore:
         self.config = config
         self.costs = CostModel()
         self.scheduler = Scheduler(cache, config, self.costs)
-        self.ledger = TransferLedger(handover, cache.block_tokens)
+        self.ledger = TransferLedger(handover, cache.block_tokens, self._stage)
         self.sequences: dict[Key, Sequence] = {}
         self.prefill_rate = 0.0  # tokens per second, EWMA
         self.decode_seconds = 0.0  # per step, EWMA
@@ -135,7 +135,9 @@ class EngineCore:
         offer = self.ledger.release(transfer_id)
         if offer is None:
             log.warning("transfer %s was released twice (%s)", transfer_id, outcome)
-        elif offer.blocks is not None:
+            return
+        self.cache.free(offer.staged)
+        if offer.blocks is not None:
             self.cache.free(offer.blocks)
         # else its prefill runs on; `announce` or `complete` will fail it with KV_TRANSFER_FAILED
 
@@ -270,6 +272,11 @@ class EngineCore:
         )
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _stage(self, blocks: Seq[int]) -> tuple[list[int], list[int]]:
+        """The blocks a peer should read, and those of them that are copies made for it."""
+        seconds = self.config.compact_call_seconds
+        return self.cache.stage(blocks, seconds) if seconds > 0 else (list(blocks), [])
 
     def _expected_refs(self) -> Iterator[int]:
         for sequence in self.sequences.values():

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from flowserve.engine.sequence import Sequence, SequenceProcessor
@@ -41,6 +42,7 @@ class Offer:
     since: float
     blocks: list[int] | None = None
     withdrawn: bool = False
+    staged: list[int] = field(default_factory=list)  # copies that the peer reads instead of blocks
 
 
 @dataclass(slots=True)
@@ -98,8 +100,15 @@ def continue_after(
 class TransferLedger:
     """Offers and pulls that have not had their terminal event."""
 
-    def __init__(self, handover: KVHandover | None, block_tokens: int) -> None:
+    def __init__(
+        self,
+        handover: KVHandover | None,
+        block_tokens: int,
+        stage: Callable[[Seq[int]], tuple[list[int], list[int]]],
+    ) -> None:
+        """`stage` says which blocks a peer should read in place of some, and which of them are copies."""
         self._handover = handover
+        self._stage = stage
         self._block_tokens = block_tokens
         self.offers: dict[str, Offer] = {}
         self.pulls: dict[tuple[str, int], Pull] = {}
@@ -112,6 +121,7 @@ class TransferLedger:
         """Blocks that no living sequence answers for."""
         for offer in self.offers.values():
             yield from offer.blocks or ()
+            yield from offer.staged
         for pull in self.pulls.values():
             yield from pull.quarantined or ()
 
@@ -136,9 +146,10 @@ class TransferLedger:
         first = sequence.announced
         if upto <= first:
             return
-        blocks = tuple(sequence.blocks[first:upto])
+        blocks, staged = self._stage(sequence.blocks[first:upto])
+        self.offers[transfer_id].staged += staged
         tokens = min(sequence.computed, upto * step)
-        self._call("announce", lambda to: to.announce(transfer_id, first, blocks, tokens))
+        self._call("announce", lambda to: to.announce(transfer_id, first, tuple(blocks), tokens))
         sequence.announced = upto
 
     def complete(self, sequence: Sequence) -> Handover:

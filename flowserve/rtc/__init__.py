@@ -6,6 +6,7 @@
 | placement | which blocks a table gets and what is evicted for it, in long runs   |
 | allocator | the free blocks as contiguous segments                               |
 | index     | identity -> block (the radix tree over blocks), context id -> blocks |
+| staging   | copies ahead of a transfer that make fewer runs of a table           |
 | host      | pages of evicted blocks in host memory                               |
 | events    | the numbered log of what became reusable and what did not stay so    |
 

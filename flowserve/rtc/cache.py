@@ -28,6 +28,7 @@ from flowserve.rtc.events import CacheChanges, ChangeLog
 from flowserve.rtc.host import HostTier, Page
 from flowserve.rtc.index import ContextIndex, PrefixIndex
 from flowserve.rtc.placement import RUN_PRICE, Placement
+from flowserve.rtc.staging import Stager
 from kvtransfer.blockhash import block_hashes, chain_seed
 from kvtransfer.pool import BlockStore
 
@@ -110,6 +111,7 @@ class RTC:
         self._refs = [0] * store.num_blocks
         self._index = PrefixIndex()
         self._host = HostTier(host_bytes)
+        self._stager = Stager(store, self._take, self.free)
         self._contexts = ContextIndex(max_contexts, clock)
         self._changes = ChangeLog()
         self._populations: dict[int, _Population] = {}
@@ -253,6 +255,16 @@ class RTC:
                     free.append(block)
         self._placement.rest(idle)
         self._placement.release(free)
+
+    def stage(self, blocks: Sequence[int], call_seconds: float) -> tuple[list[int], list[int]]:
+        """Compacts what a peer will read: (the blocks it should read, those of them that are copies).
+
+        A transfer costs `call_seconds` for each run. Where that is more than a copy within the pool costs
+        (as measured so far), scattered runs are copied into one. Blocks must hold final KV. The caller
+        owns one reference on each copy, and keeps its own on `blocks`. Blocks the calling thread for the
+        copy, which by the cost model is less than it saves.
+        """
+        return self._stager.stage(blocks, call_seconds, self.free_blocks)
 
     def commit(self, block: int, identity: bytes) -> bool:
         """`block` is full and computed: from now on it can be matched by `identity`.

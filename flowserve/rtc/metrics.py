@@ -9,4 +9,7 @@ TABLE_RUNS = Histogram(
     "Runs that the new blocks of a table lie in (a transfer costs a call per run)",
     buckets=(1, 2, 3, 5, 8, 13, 21, 55),
 )
+STAGED_BLOCKS = Counter(
+    "deepflow_rtc_staged_blocks", "Blocks copied into one run because their transfer takes less time so"
+)
 EVICTED_BLOCKS = Counter("deepflow_rtc_evicted_blocks", "Cached blocks handed out for something else")

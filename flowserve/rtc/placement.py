@@ -28,7 +28,7 @@ from flowserve.rtc import metrics
 from flowserve.rtc.allocator import SegmentAllocator
 from kvtransfer.runs import Run
 
-RUN_PRICE = 0.5
+RUN_PRICE = 0.25
 """One more run in a table, in blocks that are surely used again (ours): `tests/bench/kv_fragmentation.py`
 shows runs against prefix hits. 0 evicts by age whatever it shatters."""
 FIT_PRICE = 1.0
@@ -37,7 +37,7 @@ HALF_LIFE = 0.25
 """Blocks handed out, as a part of the pool, in which what a cached block is worth halves (ours)."""
 LEARNING = 0.0005
 """Weight of one block's fate in the learned chance of reuse (ours): about the last 2,000 of them."""
-MIN_CHANCE = 0.02
+MIN_CHANCE = 0.005
 """Floor of that chance (ours): age decides where nothing is ever used again."""
 HEAD_BONUS = 0.25
 """A table's first block is worth so much more than its last (ours): without it the others are of no use."""

@@ -189,6 +189,7 @@ class Loader:
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
             chunked_prefill=settings.chunked_prefill,
+            compact_call_seconds=settings.compact_call_us / 1e6,
             enable_prefix_cache=settings.prefix_cache,
         )
         engine = Engine(executor, cache, config, handover=self._handover, on_event=self._on_event)

@@ -19,6 +19,7 @@ PARENT_DEATH_ENV = "DEEPFLOW_PARENT_DEATH"
 DEFAULT_DRAIN_SECONDS = 10.0
 # A step is bounded to 0.5 s; sixty times that is no slow step (ours).
 DEFAULT_WATCHDOG_SECONDS = 30.0
+MAX_CALL_US = 1e6  # a call of a second is no call (ours)
 _TE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RESERVED_IDS = ("ids", "events")  # the registry's own keys beside deepflow:te:<te_id>
 
@@ -55,6 +56,7 @@ class Settings:
     kv_data_listen: Endpoint | None = None
     lease_seconds: float = 30.0
     host_cache_bytes: int = 0
+    compact_call_us: float = 0.0
     block_tokens: int = 16
     max_tasks: int = 256
     max_running: int = 64
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--lease-seconds", type=float, default=30.0, help="how long KV stays on offer unless renewed")
     add("--host-cache-bytes", type=int, default=0, help="host tier of the prefix cache")
+    add("--compact-call-us", type=float, default=0.0, help="compact KV before a transfer; cost of a call")
     add("--block-tokens", type=int, default=16)
     add("--max-tasks", type=int, default=256, help="bound of waiting and running tasks")
     add("--max-running", type=int, default=64)
@@ -154,6 +157,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
             raise SettingsError(f"--{name.replace('_', '-')} must be positive, is {getattr(args, name)}")
     if args.drain_seconds < 0 or args.threads < 0 or args.host_cache_bytes < 0:
         raise SettingsError("--drain-seconds, --threads and --host-cache-bytes must not be negative")
+    if not 0 <= args.compact_call_us <= MAX_CALL_US:
+        raise SettingsError(f"--compact-call-us must be between 0 and {MAX_CALL_US:.0f}")
     if args.max_running > args.max_batch_tokens:
         raise SettingsError("--max-running must not exceed --max-batch-tokens: each decode takes one token")
     try:
@@ -188,6 +193,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         kv_data_listen=data,
         lease_seconds=args.lease_seconds,
         host_cache_bytes=args.host_cache_bytes,
+        compact_call_us=args.compact_call_us,
         block_tokens=args.block_tokens,
         max_tasks=args.max_tasks,
         max_running=args.max_running,

@@ -20,9 +20,11 @@ import random
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import grpc
 
 from flowserve.rtc import RTC
 from flowserve.rtc.allocator import SegmentAllocator
@@ -37,6 +39,8 @@ MEAN_OUTPUT = 8
 GROUPS = 32
 IN_FLIGHT = 4  # transfers that still hold their blocks on the prefill side
 LAYOUT = KVLayout("bench@1", "bfloat16", block_tokens=16, layers=1, kv_heads=1, head_dim=16)
+COMPACT_LAYOUT = KVLayout("bench@1", "bfloat16", block_tokens=16, layers=8, kv_heads=2, head_dim=64)
+"""Pages of 64 KiB: where compaction's copies are timed."""
 AIMS = {
     ("unique", 0.8, 0.0): 1.2,
     ("unique", 0.92, 0.0): 2.0,
@@ -66,11 +70,18 @@ class Cache(Protocol):
 class Ours:
     """The engine's cache, called as the engine calls it."""
 
-    def __init__(self, caching: bool) -> None:
-        self.store = HostPool.create(LAYOUT, BLOCKS)
+    def __init__(self, caching: bool, layout: KVLayout = LAYOUT) -> None:
+        self.store = HostPool.create(layout, BLOCKS)
         self.rtc = RTC(self.store)
         self.caching = caching
         self.seconds = 0.0
+        self.copy_seconds = 0.0
+
+    def stage(self, table: list[int], call_seconds: float) -> tuple[list[int], list[int]]:
+        start = time.perf_counter()
+        announced, staged = self.rtc.stage(table, call_seconds)
+        self.copy_seconds += time.perf_counter() - start
+        return announced, staged
 
     def used(self) -> int:
         return self.rtc.held_blocks
@@ -211,9 +222,9 @@ class Baseline:
         self.free.give(block)
 
 
-def make(policy: str, caching: bool) -> Cache:
+def make(policy: str, caching: bool, layout: KVLayout) -> Cache:
     if policy == "ours":
-        return Ours(caching)
+        return Ours(caching, layout)
     return Baseline(_Fifo() if policy == "fifo" else _BestFit(), caching)
 
 
@@ -237,6 +248,7 @@ class Result:
     hits: int = 0
     blocks: int = 0
     micros: float = 0.0  # of both sides' bookkeeping, a request
+    copy_seconds: float = 0.0  # of compaction, a request
 
 
 class Requests:
@@ -275,12 +287,18 @@ class Requests:
         )
 
 
-def simulate(policy: str, load: Load, seed: int, requests: int, warm: int) -> Result:
-    """Serves `warm + requests` requests and reports the last `requests` of them."""
-    source, target = make(policy, load.caching), make(policy, load.caching)
+def simulate(
+    policy: str, load: Load, seed: int, requests: int, warm: int, call_seconds: float = 0.0
+) -> Result:
+    """Serves `warm + requests` requests and reports the last `requests` of them.
+
+    `call_seconds`: what a call costs; above 0 the prefill side compacts (in a pool of `COMPACT_LAYOUT`).
+    """
+    source = make(policy, load.caching, COMPACT_LAYOUT if call_seconds else LAYOUT)
+    target = make(policy, load.caching, LAYOUT)
     prompts = Requests(load, seed)
     draw = random.Random(seed + 1000)
-    sending: deque[list[int]] = deque()
+    sending: deque[tuple[list[int], list[int]]] = deque()
     decoding: list[tuple[list[int], int]] = []
     result = Result()
 
@@ -297,6 +315,8 @@ def simulate(policy: str, load: Load, seed: int, requests: int, warm: int) -> Re
     for number in range(warm + requests):
         if number == warm:
             source.seconds = target.seconds = 0.0
+            if isinstance(source, Ours):
+                source.copy_seconds = 0.0
         identities = prompts.next()
         output = prompts.length(MEAN_OUTPUT, 100)
         sent = source.admit(identities)
@@ -307,17 +327,23 @@ def simulate(policy: str, load: Load, seed: int, requests: int, warm: int) -> Re
             raise RuntimeError("a pool is full below its occupancy")
         (table, hits), (into, known) = sent, placed
         decoding.append((into, len(into) + output))
-        sending.append(table)
+        announced, staged = table, list[int]()
+        if call_seconds and isinstance(source, Ours):
+            announced, staged = source.stage(table, call_seconds)
+        sending.append((table, staged))
         if len(sending) > IN_FLIGHT:
-            source.leave(sending.popleft())
+            for blocks in sending.popleft():
+                source.leave(blocks)
         if number >= warm:
-            result.calls.append(len(align(table[known:], into[known:])))
-            result.calls_all.append(len(align(table, into)))
-            result.source_runs.append(len(runs_of(table)))
+            result.calls.append(len(align(announced[known:], into[known:])))
+            result.calls_all.append(len(align(announced, into)))
+            result.source_runs.append(len(runs_of(announced)))
             result.target_runs.append(len(runs_of(into)))
             result.occupancy.append(target.used() / BLOCKS)
             result.hits += hits
             result.blocks += len(identities)
+    if isinstance(source, Ours):
+        result.copy_seconds = source.copy_seconds / requests
     result.micros = (source.seconds + target.seconds) / requests * 1e6
     return result
 
@@ -333,33 +359,107 @@ LOADS = (
 )
 
 
+def sizes(quick: bool) -> tuple[tuple[int, ...], int, int]:
+    """Seeds, requests that count, requests before them."""
+    return ((1,), 400, 200) if quick else ((1, 2, 3), 700, 400)
+
+
+def call_cost() -> float:
+    """Seconds of one unary gRPC call with an empty message on loopback: the median of 300."""
+
+    def echo(request: bytes, context: grpc.ServicerContext) -> bytes:
+        return request
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Calls", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/bench.Calls/Echo")
+            times = []
+            for _ in range(300):
+                start = time.perf_counter()
+                call(b"")
+                times.append(time.perf_counter() - start)
+            return median(times)
+    finally:
+        server.stop(0)
+
+
+def compaction(report: Report, quick: bool) -> None:
+    """Adds rows and aims of compaction where a call costs what a gRPC call costs here."""
+    seeds, requests, warm = sizes(quick)
+    seconds = call_cost()
+    for load in LOADS[4:]:
+        plain = [simulate("ours", load, seed, requests, warm) for seed in seeds]
+        compacted = [simulate("ours", load, seed, requests, warm, seconds) for seed in seeds]
+        calls = median([mean(r.calls) for r in compacted])
+        copies = median([r.copy_seconds for r in compacted]) * 1e3
+        before, after = (median([mean(r.calls_all) for r in side]) for side in (plain, compacted))
+        name = load.kind + (f" {load.hit:.0%}" if load.hit else "")
+        report.add(
+            load=name,
+            policy="ours, compacted",
+            calls=calls,
+            **{"calls, all": after},
+            call_ms=seconds * 1e3,
+            copies_ms=copies,
+            calls_ms_before=before * seconds * 1e3,
+            calls_and_copies_ms=after * seconds * 1e3 + copies,
+        )
+        if load.kind == "hit":
+            report.check(f"calls per request with compaction, {name}", calls, "calls", "<= 2.0", calls <= 2.0)
+
+
+def bookkeeping(report: Report) -> None:
+    """Adds the cost of cutting and giving back runs in a shattered pool: it must not grow with the pool."""
+    for size in (4096, 65536, 1048576):
+        segments = SegmentAllocator(size)
+        segments.take(size)
+        draw = random.Random(1)
+        at = 0
+        while at < size - 200:  # every second run free, of 1 to 99 blocks
+            length = draw.randrange(1, 100)
+            segments.give(at, length)
+            at += length + draw.randrange(1, 100)
+        held = [run for _ in range(20) for run in segments.take(54) or []]
+        start = time.perf_counter()
+        for _ in range(5000):
+            index = draw.randrange(len(held))
+            segments.give(held[index].start, held[index].count)
+            held[index : index + 1] = segments.take(held[index].count) or []
+        report.add(
+            load=f"give and take a run, {size} blocks",
+            policy="ours",
+            us_per_operation=(time.perf_counter() - start) / 5000 * 1e6,
+        )
+
+
 def calls_per_request(report: Report, quick: bool) -> None:
     """Adds rows and aims; about 15 s with `quick`."""
-    seeds, requests, warm = ((1,), 400, 200) if quick else ((1, 2, 3), 1500, 500)
+    seeds, requests, warm = sizes(quick)
     for load in LOADS:
         medians: dict[str, tuple[float, float]] = {}
         for policy in ("fifo", "best fit", "ours"):
             results = [simulate(policy, load, seed, requests, warm) for seed in seeds]
-
-            def over(pick: Sequence[float]) -> float:
-                return median(pick)
-
-            calls = over([mean(r.calls) for r in results])
-            hits = over([r.hits / r.blocks for r in results])
+            calls = median([mean(r.calls) for r in results])
+            hits = median([r.hits / r.blocks for r in results])
             medians[policy] = (calls, hits)
             name = load.kind + (f" {load.hit:.0%}" if load.hit else "")
             name += "" if load.caching else ", no cache"
             report.add(
                 load=name,
-                decode_pool=f"{over([mean(r.occupancy) for r in results]):.0%}",
+                decode_pool=f"{median([mean(r.occupancy) for r in results]):.0%}",
                 policy=policy,
                 calls=calls,
-                **{"calls, all": over([mean(r.calls_all) for r in results])},
-                single_call=over([mean([float(c <= 1) for c in r.calls]) for r in results]),
-                source_runs=over([mean(r.source_runs) for r in results]),
-                target_runs=over([mean(r.target_runs) for r in results]),
+                **{"calls, all": median([mean(r.calls_all) for r in results])},
+                single_call=median([mean([float(c <= 1) for c in r.calls]) for r in results]),
+                source_runs=median([mean(r.source_runs) for r in results]),
+                target_runs=median([mean(r.target_runs) for r in results]),
                 prefix_hits=hits,
-                us_per_request=over([r.micros for r in results]),
+                us_per_request=median([r.micros for r in results]),
             )  # fmt: skip
         aim = AIMS.get((load.kind, load.occupancy, load.hit))
         ours, lru = medians["ours"], medians["best fit"]
@@ -385,6 +485,8 @@ def main() -> int:
     options = parser(__doc__ or "").parse_args()
     report = Report("Calls per request after churn")
     calls_per_request(report, options.quick)
+    compaction(report, options.quick)
+    bookkeeping(report)
     return report.finish(options.json)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.runs import Run, align, blocks_of, runs_of
+from kvtransfer.runs import Run, align, blocks_of, gather, runs_of
 
 blocks = st.lists(st.integers(0, 30), max_size=40)
 
@@ -48,3 +48,31 @@ def test_ambiguous_lists_are_refused() -> None:
         align([1, 2], [3, 3])
     with pytest.raises(ValueError, match="2 source"):
         align([1, 2], [3])
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.floats(0, 50), st.floats(0, 5))
+def test_gathering_takes_the_least_time_of_all_ways(counts: list[int], call: float, block: float) -> None:
+    runs = [Run(100 * index, count) for index, count in enumerate(counts)]
+
+    def seconds(plan: list[int]) -> float:
+        total, at = 0.0, 0
+        for part in plan:
+            staged = sum(run.count for run in runs[at : at + part]) if part > 1 else 0
+            total += call + staged * block
+            at += part
+        return total
+
+    def plans(left: int) -> list[list[int]]:
+        return [[first, *rest] for first in range(1, left + 1) for rest in plans(left - first)] or [[]]
+
+    plan = gather(runs, call, block)
+    assert sum(plan) == len(runs)
+    assert seconds(plan) == pytest.approx(min(seconds(other) for other in plans(len(runs))))
+
+
+def test_gathering_is_left_alone_where_copies_cost_more_than_calls() -> None:
+    runs = [Run(0, 5), Run(10, 1), Run(20, 1), Run(30, 50)]
+    assert gather(runs, call_seconds=1.0, block_seconds=10.0) == [1, 1, 1, 1]
+    assert gather(runs, call_seconds=1.0, block_seconds=0.1) == [3, 1]
+    assert gather(runs, call_seconds=1.0, block_seconds=0.0) == [4]
+    assert gather([], 1.0, 1.0) == []

@@ -254,3 +254,51 @@ def test_a_table_grows_next_to_its_last_block() -> None:
         block = cache.append_block(table)
         assert block == table[-1] + 1
         table.append(block)
+
+
+def scattered(cache: RTC, count: int) -> list[int]:
+    """A table whose every run has one block, in a pool that is otherwise free, with content of its own."""
+    whole = cache.alloc_blocks(2 * count)
+    assert whole is not None
+    cache.free(whole[1::2])
+    table = whole[::2]
+    for block in table:
+        cache.store.store(block, bytes([block]) * cache.store.layout.block_bytes)
+    return table
+
+
+def test_scattered_blocks_are_staged_in_one_run_where_calls_are_dear() -> None:
+    cache, store = make(64)
+    table = scattered(cache, 6)
+    announced, staged = cache.stage(table, call_seconds=1.0)
+    assert announced == staged and staged == list(range(staged[0], staged[0] + 6))
+    assert [store.load(block, 1) for block in announced] == [store.load(block, 1) for block in table]
+    assert cache.audit([*table, *staged]).leaked == []
+    cache.free(staged)
+    cache.free(table)
+    assert cache.free_blocks == 64
+
+
+def test_nothing_is_staged_where_copies_cost_more_than_calls() -> None:
+    cache, _ = make(64)
+    table = scattered(cache, 6)
+    assert cache.stage(table, call_seconds=0.0) == (table, [])
+    assert cache.stage([], call_seconds=1.0) == ([], [])
+
+
+def test_staging_leaves_most_of_a_short_pool_alone() -> None:
+    cache, _ = make(64)
+    table = scattered(cache, 6)
+    rest = cache.alloc_blocks(cache.free_blocks - 11)
+    assert rest is not None
+    assert cache.stage(table, call_seconds=1.0) == (table, []), "six of eleven are too many"
+    assert cache.audit([*table, *rest]).leaked == []
+
+
+def test_a_staging_run_that_does_not_fit_in_one_piece_is_given_back() -> None:
+    cache, _ = make(128)
+    table = cache.alloc_blocks(128)
+    assert table is not None
+    cache.free(table[1::2])
+    assert cache.stage(table[:12:2], call_seconds=1.0) == (table[:12:2], [])
+    assert cache.audit(table[::2]).leaked == [] and cache.free_blocks == 64
