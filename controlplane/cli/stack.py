@@ -65,6 +65,9 @@ def up(
                           "8-bit and 4-bit blocks are kept as they are.")
     ] = "none",
     device: Annotated[str, typer.Option(help="cpu, cuda or npu.")] = "cpu",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="Ranks that share each executor's model, a device each.")
+    ] = 1,
     kv_cache_bytes: Annotated[
         str | None,
         typer.Option(metavar="BYTES", show_default=False, help="KV pool of each executor, as 512M or 2G.  "
@@ -107,6 +110,7 @@ def up(
         dtype=dtype,
         quantization="" if quantization == "none" else quantization,
         device=device,
+        tensor_parallel=tensor_parallel,
         kv_cache_bytes=parse_bytes(kv_cache_bytes) if kv_cache_bytes else None,
         max_model_len=max_model_len,
         threads=threads,

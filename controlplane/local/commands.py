@@ -67,7 +67,8 @@ def executor_spec(
         command=(
             *(*PYTHON, "flowserve.shell", "--te-id", te_id, "--listen", "127.0.0.1:0"),
             *("--endpoint-file", str(endpoint), "--role", role.value),
-            *("--device", settings.device, "--threads", threads, "--shm-dir", str(paths.sockets)),
+            *("--device", settings.device, "--tensor-parallel", str(settings.tensor_parallel)),
+            *("--threads", threads, "--shm-dir", str(paths.sockets)),
         ),
         env={**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         log=paths.logs / f"{te_id}.log",

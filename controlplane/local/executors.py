@@ -206,7 +206,6 @@ class Executor:
             dtype=target.dtype,
             kv_cache_bytes=target.kv_cache_bytes,
             max_model_len=target.max_model_len,
-            tensor_parallel=1,
             quantization=target.quantization,
         )
         try:

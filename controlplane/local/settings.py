@@ -47,6 +47,7 @@ class StackSettings:
     dtype: str = "auto"
     quantization: str = ""  # of weights: "", int8, int4
     device: str = "cpu"
+    tensor_parallel: int = 1  # ranks of each executor
     kv_cache_bytes: int | None = None  # per executor; None = default_kv_bytes()
     max_model_len: int = 0  # 0 = the model's own
     threads: int | None = None  # per executor; None = cores / executors

@@ -7,7 +7,8 @@ in it. `open_device("cpu" | "cuda" | "cuda:1" | "npu")` is the only way in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,6 +17,9 @@ from flowserve.models.config import ModelConfig
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import BlockStore
+
+if TYPE_CHECKING:  # loads torch.distributed: only ranks need it
+    from flowserve.devices.collective import Group
 
 
 class DeviceUnavailable(ValueError):
@@ -59,6 +63,10 @@ class Device(Protocol):
         """CPU threads for this process's kernels; meaningless where kernels run elsewhere."""
         ...
 
+    def join(self, rank: int, size: int, meeting_file: Path) -> Group:
+        """Meets the other ranks of a tensor-parallel executor; blocks until all are there."""
+        ...
+
     def make_model(
         self,
         source: WeightSource,
@@ -68,8 +76,16 @@ class Device(Protocol):
         block_tokens: int,
         threads: int,
         quantization: str = "",
+        group: Group | None = None,
     ) -> Model:
-        """Raises UnsupportedModel for one of executor.interface.QUANTIZATIONS that the device lacks."""
+        """With `group`, this rank's part of the model; without, all of it.
+
+        Raises UnsupportedModel for one of executor.interface.QUANTIZATIONS that the device lacks.
+        """
+        ...
+
+    def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
+        """Once after both are made, before the first step: what is to be recorded is recorded."""
         ...
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> Pool:
@@ -96,6 +112,13 @@ def _npu(index: int) -> Device:
 
 
 _DEVICES: dict[str, Callable[[int], Device]] = {"cpu": _cpu, "cuda": _cuda, "npu": _npu}
+
+
+def rank_device(name: str, rank: int) -> str:
+    """The device of a rank whose executor was given `name`: cores are shared, accelerators are counted up
+    from the named one."""
+    kind, _, index = name.partition(":")
+    return name if kind == "cpu" else f"{kind}:{int(index or 0) + rank}"
 
 
 def open_device(name: str) -> Device:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from flowserve.devices import Model
+from flowserve.devices import Model, Pool
 from flowserve.devices.native.library import NativeLlama, NativeUnavailable
 from flowserve.models.errors import UnsupportedModel
 from flowserve.models.llama import TorchLlama
@@ -14,6 +16,9 @@ from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import HostPool
+
+if TYPE_CHECKING:
+    from flowserve.devices.collective import Group
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,11 @@ class CpuDevice:
     def set_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
+    def join(self, rank: int, size: int, meeting_file: Path) -> Group:
+        from flowserve.devices.collective import Group
+
+        return Group("gloo", rank, size, meeting_file)
+
     def make_model(
         self,
         source: WeightSource,
@@ -46,7 +56,12 @@ class CpuDevice:
         block_tokens: int,
         threads: int,
         quantization: str = "",
+        group: Group | None = None,
     ) -> Model:
+        if group is not None:  # the compiled step has no place for sums over ranks
+            return TorchLlama(
+                source, dtype=matmul_dtype(dtype), device=torch.device("cpu"), max_len=max_len, group=group
+            )
         try:
             model = NativeLlama(
                 source,
@@ -67,6 +82,9 @@ class CpuDevice:
         # threads would only spin after each operation on the cores that the next step needs.
         torch.set_num_threads(1)
         return model
+
+    def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
+        """Nothing is recorded."""
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> CpuPool:
         return CpuPool(layout, num_blocks)

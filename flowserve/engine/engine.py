@@ -31,7 +31,7 @@ from flowserve.engine.types import (
     TaskError,
     TaskRejected,
 )
-from flowserve.executor.interface import Executor
+from flowserve.executor.interface import Executor, ExecutorLost
 from flowserve.rtc import RTC
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Engine:
         self._last_audit = clock()
         self._steps = 0
         self._failures = 0
+        self._lost = ""
         self._load = self._measure()
 
     # -- life ------------------------------------------------------------------------------------
@@ -204,6 +205,11 @@ class Engine:
         """Steps that raised since the last one that did not."""
         return self._failures
 
+    @property
+    def lost(self) -> str:
+        """Why the executor can take no other step; empty while it can."""
+        return self._lost
+
     def load(self) -> LoadReport:
         """The load after the last turn; takes no lock."""
         last = self._load
@@ -263,6 +269,7 @@ class Engine:
                 raise RuntimeError(f"the executor returned {len(results)} results for {len(batch)} slices")
         except Exception as error:  # a task boundary: this batch fails, the engine goes on
             log.exception("a step of %d slices failed", len(batch))
+            self._lost = str(error) if isinstance(error, ExecutorLost) else self._lost
             self._failed(plan, f"the step failed: {type(error).__name__}: {error}")
             return True
         with self._state:

@@ -71,6 +71,10 @@ class ModelInfo:
     quantization: str = ""  # of the weights, one of QUANTIZATIONS
 
 
+class ExecutorLost(RuntimeError):
+    """The executor cannot take another step; what is left to its process is to end."""
+
+
 class Executor(Protocol):
     """Runs batches. Called from one thread, the engine's step loop."""
 
@@ -80,7 +84,7 @@ class Executor(Protocol):
     def execute(self, batch: Sequence[SequenceSlice]) -> list[SliceResult]:
         """Runs the slices as one batch; results in the same order.
 
-        Raises ValueError for a slice outside its block table; device errors pass through.
+        Raises ValueError for a slice outside its block table, ExecutorLost; device errors pass through.
         """
         ...
 

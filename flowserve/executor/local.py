@@ -95,10 +95,13 @@ def open_executor(
     max_model_len: int | None = None,
     threads: int = 1,
     quantization: str = "",
+    tensor_parallel: int = 1,
 ) -> LocalExecutor:
     """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`.
 
     `dtype` is that of KV pages and, without `quantization` (interface.QUANTIZATIONS), of the weights.
+    With `tensor_parallel` ranks the model, the pool and the threads are shared out over as many processes,
+    of which this is the first, on devices counted up from `device`.
 
     Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
     DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
@@ -126,19 +129,43 @@ def open_executor(
     num_blocks = kv_cache_bytes // layout.block_bytes
     if num_blocks < 1:
         raise PoolError(f"kv_cache_bytes {kv_cache_bytes} is less than one block of {layout.block_bytes}")
-    model = where.make_model(
-        source,
-        dtype=kind,
-        max_len=max_len,
-        block_tokens=block_tokens,
-        threads=threads,
-        quantization=quantization,
-    )
-    try:
-        pool = where.make_pool(layout, num_blocks)
-    except BaseException:
-        model.close()
-        raise
+    model: Model
+    pool: Pool
+    if tensor_parallel == 1:
+        model = where.make_model(
+            source,
+            dtype=kind,
+            max_len=max_len,
+            block_tokens=block_tokens,
+            threads=threads,
+            quantization=quantization,
+        )
+        try:
+            pool = where.make_pool(layout, num_blocks)
+        except BaseException:
+            model.close()
+            raise
+        try:
+            where.prepare(model, pool, max_len)
+        except BaseException:
+            model.close()
+            pool.close()
+            raise
+    elif quantization:
+        raise UnsupportedModel(f"quantization {quantization} is not implemented with tensor parallel")
+    else:
+        from flowserve.executor.ranks import open_ranks  # loads torch.distributed
+
+        model, pool = open_ranks(
+            Path(path),
+            source,
+            where,
+            size=tensor_parallel,
+            layout=layout,
+            num_blocks=num_blocks,
+            max_len=max_len,
+            threads=threads,
+        )
     info = ModelInfo(
         revision=revision,
         layers=config.layers,

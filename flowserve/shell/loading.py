@@ -57,7 +57,7 @@ class LoadSpec:
     dtype: str = "auto"
     kv_cache_bytes: int = DEFAULT_KV_BYTES
     max_model_len: int = 0  # 0 = the model's own
-    tensor_parallel: int = 1
+    tensor_parallel: int = 0  # 0 = the executor's own degree; another than that is refused
     quantization: str = ""
 
     def check(self) -> None:
@@ -71,8 +71,6 @@ class LoadSpec:
         if self.quantization not in QUANTIZATIONS:
             known = ", ".join(filter(None, QUANTIZATIONS))
             raise LoadFailed(LoadReason.UNSUPPORTED, f"quantization {self.quantization!r} is none of {known}")
-        if self.tensor_parallel != 1:
-            raise LoadFailed(LoadReason.UNSUPPORTED, "tensor_parallel above 1 is not served by this executor")
         if not os.path.exists(self.path):
             raise LoadFailed(LoadReason.NOT_FOUND, f"no model at {self.path}")
         free = available_memory()
@@ -165,6 +163,11 @@ class Loader:
         from kvtransfer.pool import PoolError
 
         settings = self._settings
+        if spec.tensor_parallel not in (0, settings.tensor_parallel):
+            raise LoadFailed(
+                LoadReason.UNSUPPORTED,
+                f"tensor_parallel {spec.tensor_parallel}: this executor has {settings.tensor_parallel}",
+            )
         try:
             executor = open_executor(
                 Path(spec.path),
@@ -176,6 +179,7 @@ class Loader:
                 max_model_len=spec.max_model_len or None,
                 threads=settings.threads,
                 quantization=spec.quantization,
+                tensor_parallel=settings.tensor_parallel,
             )
         except FileNotFoundError as error:
             raise LoadFailed(LoadReason.NOT_FOUND, str(error)) from error

@@ -264,7 +264,7 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             dtype=request.dtype or "auto",
             kv_cache_bytes=request.kv_cache_bytes or DEFAULT_KV_BYTES,
             max_model_len=request.max_model_len,
-            tensor_parallel=request.tensor_parallel or 1,
+            tensor_parallel=request.tensor_parallel,
             quantization=request.quantization,
         )
         try:

@@ -51,6 +51,7 @@ class Settings:
     shm_dir: Path | None = None
     role: str = "colocated"
     device: str = "cpu"
+    tensor_parallel: int = 1
     threads: int = 1
     kv_transport: str = "auto"
     kv_data_listen: Endpoint | None = None
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--redis-url", default="", help="registry (default: $REDIS_URL); none = not registered")
     add("--role", default="colocated", choices=("colocated", "prefill", "decode"))
     add("--device", default="cpu", help="cpu, cuda[:N], npu[:N]")
+    add("--tensor-parallel", type=int, default=1, help="ranks that share each model, a device each")
     add("--threads", type=int, default=0, help="compute threads (default: the cores it may use)")
     add("--metrics-listen", default="127.0.0.1:0", help="HOST:PORT of /metrics; 'off' = none")
     add("--shm-dir", type=Path, help="folder of the sockets that pass KV pools on this host")
@@ -149,7 +151,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"--te-id {args.te_id!r}: letters, digits, '.', '_' and '-', at most 128, not 'ids' or 'events'"
         )
-    for name in ("block_tokens", "max_tasks", "max_running", "max_batch_tokens"):
+    for name in ("tensor_parallel", "block_tokens", "max_tasks", "max_running", "max_batch_tokens"):
         if getattr(args, name) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be positive, is {getattr(args, name)}")
     for name in ("lease_seconds", "watchdog_seconds"):
@@ -188,6 +190,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         shm_dir=args.shm_dir,
         role=args.role,
         device=args.device,
+        tensor_parallel=args.tensor_parallel,
         threads=args.threads or available_cores(),
         kv_transport=args.kv_transport,
         kv_data_listen=data,

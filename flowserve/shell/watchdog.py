@@ -26,11 +26,16 @@ class Watched(Protocol):
     @property
     def consecutive_failures(self) -> int: ...
 
+    @property
+    def lost(self) -> str: ...
+
     def load(self) -> LoadReport: ...
 
 
 def verdict(engine: Watched, bound_seconds: float) -> str | None:
     """Why the engine is given up; None if it is well."""
+    if engine.lost:
+        return f"the executor is lost: {engine.lost}"
     load = engine.load()
     if load.age_seconds > bound_seconds:
         return (

@@ -147,7 +147,6 @@ class TaskExecutor:
             dtype=dtype,
             kv_cache_bytes=kv_cache_bytes,
             max_model_len=max_model_len,
-            tensor_parallel=1,
         )
         async with self.stub() as stub:
             return await stub.LoadModel(request, metadata=self.metadata, timeout=timeout)

@@ -526,6 +526,7 @@ class LoadModelRequest(_message.Message):
     max_model_len: _builtins.int
     """0 = the model's own"""
     tensor_parallel: _builtins.int
+    """ranks; 0 = as many as the executor has, another number than that is refused"""
     quantization: _builtins.str
     """"" | "int8" | "int4"; part of what model_revision names, as its KV differs"""
     def __init__(

@@ -49,7 +49,16 @@ class Shell(worker_pb2_grpc.TaskExecutorServicer):
 
 async def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("te-id", "listen", "endpoint-file", "role", "device", "threads", "shm-dir"):
+    for name in (
+        "te-id",
+        "listen",
+        "endpoint-file",
+        "role",
+        "device",
+        "tensor-parallel",
+        "threads",
+        "shm-dir",
+    ):
         parser.add_argument(f"--{name}", required=True)
     arguments = parser.parse_args()
     _ = os.environ["REDIS_URL"]  # as the real one: it may hold a password, so it is on no command line

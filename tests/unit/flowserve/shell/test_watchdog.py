@@ -14,6 +14,7 @@ class Engine:
     def __init__(self) -> None:
         self.age = 0.0
         self.consecutive_failures = 0
+        self.lost = ""
 
     def load(self) -> LoadReport:
         return LoadReport(step=9, running=2, age_seconds=self.age)
@@ -35,6 +36,12 @@ def test_single_failed_steps_are_no_reason_a_long_row_is() -> None:
     assert verdict(engine, 30.0) is None
     engine.consecutive_failures = MAX_STEP_FAILURES
     assert verdict(engine, 30.0) is not None
+
+
+def test_an_executor_that_is_lost_is_given_up_at_once() -> None:
+    engine = Engine()
+    engine.lost = "rank 1 has ended"
+    assert "rank 1 has ended" in str(verdict(engine, 30.0))
 
 
 async def test_the_watch_returns_only_with_a_reason() -> None:
