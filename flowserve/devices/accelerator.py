@@ -1,13 +1,20 @@
-"""What cuda and npu share: a pool in device memory that transfers reach through host copies."""
+"""What cuda and npu share: a pool in device memory that transfers reach through host copies, and models
+whose decodes are recorded graphs."""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from flowserve.devices import Model, Pool
+from flowserve.devices.collective import Group
+from flowserve.devices.graphs import GRAPHS_ENV, Captured, GraphedLlama
 from flowserve.models.errors import UnsupportedModel
-from flowserve.models.llama import TorchLlama
+from flowserve.models.llama import DecodeAttention, Elementwise, TorchLlama
 from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
@@ -72,14 +79,32 @@ class DevicePool:
 
 
 class AcceleratorDevice:
-    """A torch device with memory of its own. Subclasses check that it is there."""
+    """A torch device with memory of its own. Subclasses check that it is there, and know its attention kernel
+    and how its graphs are recorded."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, backend: str) -> None:
+        """`backend` is torch.distributed's name of the device's collectives."""
         self.name = name
         self._device = device
+        self._backend = backend
+
+    def attention(self, dtype: torch.dtype, block_tokens: int) -> DecodeAttention | None:
+        """The kernel for decodes over the paged pool; None: plain torch, which gathers first."""
+        raise NotImplementedError
+
+    def elementwise(self) -> Elementwise | None:
+        """The device's kernels for what stands between matrices; None: plain torch."""
+        return None
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Captured:
+        """Runs `step` to warm up, then records it."""
+        raise NotImplementedError
 
     def set_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)  # sampling's host side and weight conversion
+
+    def join(self, rank: int, size: int, meeting_file: Path) -> Group:
+        return Group(self._backend, rank, size, meeting_file)
 
     def make_model(
         self,
@@ -90,10 +115,28 @@ class AcceleratorDevice:
         block_tokens: int,
         threads: int,
         quantization: str = "",
-    ) -> TorchLlama:
+        group: Group | None = None,
+    ) -> Model:
         if quantization:
             raise UnsupportedModel(f"quantization {quantization} is not implemented on {self.name}")
-        return TorchLlama(source, dtype=dtype, device=self._device, max_len=max_len)
+        attention = self.attention(dtype, block_tokens)
+        model = TorchLlama(
+            source,
+            dtype=dtype,
+            device=self._device,
+            max_len=max_len,
+            attention=attention,
+            elementwise=self.elementwise(),
+            group=group,
+        )
+        # Without a kernel a recorded step would gather whole block tables, used or not.
+        if attention is None or os.environ.get(GRAPHS_ENV) == "0":
+            return model
+        return GraphedLlama(model, self.capture)
+
+    def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
+        if isinstance(model, GraphedLlama):
+            model.prepare(pool.pages, max_len)
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> DevicePool:
         return DevicePool(layout, num_blocks, self._device)

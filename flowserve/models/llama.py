@@ -43,6 +43,18 @@ DecodeAttention = Callable[[torch.Tensor, torch.Tensor, int, Spans], torch.Tenso
 device's kernel."""
 
 
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """What stands between the matrices: `PLAIN` torch, or a device's kernels."""
+
+    norm: Callable[[torch.Tensor, torch.Tensor, float, torch.dtype], torch.Tensor]
+    """Root mean square norm of x [..., n] by weight [n] float32, epsilon; in the given dtype."""
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """Rotary embedding of x [tokens, heads, dim] by cosines and sines [tokens, 1, dim / 2] float32."""
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    """silu(gate) * up of [tokens, 2 n], gate first: [tokens, n]."""
+
+
 @dataclass(slots=True)
 class _Layer:
     attention_norm: torch.Tensor
@@ -78,10 +90,14 @@ class TorchLlama:
         device: torch.device,
         max_len: int,
         attention: DecodeAttention | None = None,
+        elementwise: Elementwise | None = None,
         group: Collective | None = None,
     ) -> None:
-        """`dtype` is what matrices are multiplied in; `attention` the device's kernel for decodes, if it has
-        one; with `group` this is one rank's part of the model. Raises BadWeights, UnsupportedModel."""
+        """`dtype` is what matrices are multiplied in; `attention` and `elementwise` are the kernels of the
+        device, if it has any; with `group` this is one rank's part of the model.
+
+        Raises BadWeights, UnsupportedModel.
+        """
         if group is not None:
             source = ShardedSource(source, group.rank, group.size)
         config = source.config
@@ -89,6 +105,7 @@ class TorchLlama:
         self.device = device
         self._dtype = dtype
         self._attention = attention
+        self._elementwise = elementwise or PLAIN
         self._group = group
         shape = (config.vocab_size, config.hidden)
         self._embedding = checked(source, "embedding", shape).to(dtype).to(device)
@@ -159,6 +176,7 @@ class TorchLlama:
         hidden = functional.embedding(ids, self._embedding)
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         blocks, offsets = slots
+        rotate, gate = self._elementwise.rotate, self._elementwise.gate
         for index, layer in enumerate(self._layers):
             normed = self._norm(hidden, layer.attention_norm)
             qkv = functional.linear(normed, layer.qkv)
@@ -168,12 +186,12 @@ class TorchLlama:
             q, k, v = (part.view(len(hidden), -1, config.head_dim) for part in (q, k, v))
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-            q, k = _rotate(q, cosines, sines), _rotate(k, cosines, sines)
+            q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
             pages[blocks, index, 0, :, offsets] = k.to(pages.dtype)
             pages[blocks, index, 1, :, offsets] = v.to(pages.dtype)
             hidden = hidden + self._sum(functional.linear(attend(q, index), layer.output))
-            gate, up = functional.linear(self._norm(hidden, layer.ffn_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + self._sum(functional.linear(functional.silu(gate) * up, layer.down))
+            mixed = gate(functional.linear(self._norm(hidden, layer.ffn_norm), layer.gate_up))
+            hidden = hidden + self._sum(functional.linear(mixed, layer.down))
         return hidden
 
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
@@ -192,9 +210,7 @@ class TorchLlama:
         return torch.from_numpy(values).to(self.device, torch.int64)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.norm_epsilon)
-        return (wide * scale * weight).to(self._dtype)
+        return self._elementwise.norm(x, weight, self.config.norm_epsilon, self._dtype)
 
     def _plan(self, batch: RaggedBatch, block_tokens: int) -> _Plan:
         rows = np.repeat(np.arange(len(batch.first)), batch.count)
@@ -265,6 +281,19 @@ def gathered_attention(q: torch.Tensor, pages: torch.Tensor, layer: int, spans: 
     return mixed.reshape(n, heads, dim)
 
 
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon) * weight).to(dtype)
+
+
 def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat([left * cosines - right * sines, right * cosines + left * sines], dim=-1).to(x.dtype)
+
+
+def _gate(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+PLAIN = Elementwise(_norm, _rotate, _gate)

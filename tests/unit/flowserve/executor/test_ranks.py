@@ -75,10 +75,11 @@ def random_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_model(tmp_path_factory.mktemp("random") / "model")
 
 
-def open_ranked(path: Path, ranks: int, kv_cache_bytes: int = 64 << 20) -> LocalExecutor:
+def open_ranked(path: Path, ranks: int, kv_cache_bytes: int = 64 << 20, device: str = "cpu") -> LocalExecutor:
     return open_executor(
         path,
         revision="m@1",
+        device=device,
         dtype="float32",
         kv_cache_bytes=kv_cache_bytes,
         threads=ranks,
@@ -192,6 +193,18 @@ def test_a_rank_that_cannot_load_says_why_and_leaves_nobody(
     monkeypatch.setattr("flowserve.executor.ranks.rank_device", lambda name, rank: "cuda:9")
     with pytest.raises(ValueError, match="CUDA"):
         open_ranked(random_path, 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_are_one(random_path: Path) -> None:
+    two, one = open_ranked(random_path, 2, 1 << 20, "cuda"), open_ranked(random_path, 1, 1 << 20)
+    try:
+        for length in (1, 16, 50):
+            prompt = [(7 * i * i + 3 * i) % 301 for i in range(length)]
+            same([generate(two, prompt)], [generate(one, prompt)])
+    finally:
+        two.close()
+        one.close()
 
 
 def test_accelerators_are_counted_up_from_the_named_one() -> None:
