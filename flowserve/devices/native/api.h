@@ -37,3 +37,4 @@ struct Step {
   virtual void logits(int rows, const int32_t* row_tokens, float* out) = 0;
 };
 Step* make_avx2(const DfModel& model);
+Step* make_avx512(const DfModel& model);

@@ -1,13 +1,14 @@
 // Matrix multiply for one to many rows with AVX2: activations in tiles of up to six rows, weights in
 // panels of sixteen columns (panels.h). A format brings its tile layout (`put`, 32 values of a row at a
-// time) and its inner loop (`micro`: M rows times N neighbouring panels). A row's sum runs over k in one
+// time), its inner loop (`micro`: M rows times N neighbouring panels) and how many panels full tiles take at
+// once (NEIGHBOURS). A row's sum runs over k in one
 // order whatever M and N are, so that a token's numbers do not depend on the batch it is in.
 #pragma once
 #include "panels.h"
 #include "tiles.h"
 
 struct GemmF32 {
-  enum { FORMAT = F32 };
+  enum { FORMAT = F32, NEIGHBOURS = 1 };
   static size_t tile_bytes(int k) { return static_cast<size_t>(k) * ROWS * sizeof(float); }
   static DF_INLINE void put(char* tile, int lane, int column, const __m256 v[4]) { put_floats(tile, lane, column, v); }
 
@@ -37,7 +38,7 @@ struct GemmF32 {
 };
 
 struct GemmBF16 {
-  enum { FORMAT = BF16 };
+  enum { FORMAT = BF16, NEIGHBOURS = 1 };
   static size_t tile_bytes(int k) { return static_cast<size_t>(k) * ROWS * sizeof(float); }
   static DF_INLINE void put(char* tile, int lane, int column, const __m256 v[4]) { put_floats(tile, lane, column, v); }
 
@@ -104,7 +105,7 @@ struct ByteTile {
 };
 
 struct GemmINT8 : ByteTile {
-  enum { FORMAT = INT8 };
+  enum { FORMAT = INT8, NEIGHBOURS = 1 };
   template <int M, int N>
   static DF_INLINE void micro(const char* tile, const char* const* panels, int k, __m256 c[M][2 * N]) {
     const ByteBlock* a = reinterpret_cast<const ByteBlock*>(tile);
@@ -144,7 +145,7 @@ struct GemmINT8 : ByteTile {
 };
 
 struct GemmINT4 : ByteTile {
-  enum { FORMAT = INT4 };
+  enum { FORMAT = INT4, NEIGHBOURS = 1 };
   template <int M, int N>
   static DF_INLINE void micro(const char* tile, const char* const* panels, int k, __m256 c[M][2 * N]) {
     const ByteBlock* a = reinterpret_cast<const ByteBlock*>(tile);

@@ -17,13 +17,14 @@ from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
 from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
 
-VERSION = 3
+VERSION = 4
 COLUMNS = 16  # of a packed panel
 BLOCK = 32  # columns of a matrix that are read, and quantized, together
 MAX_HEAD_DIM = 256
 MAX_GROUP = 24  # query heads of one KV head: rows of one attention tile
 DISABLE_ENV = "DEEPFLOW_NATIVE"
-"""Set to 0 to use plain torch on the CPU (to compare, or where the compiled step misbehaves)."""
+"""Set to 0 to use plain torch on the CPU, to avx2 for the step without AVX-512 (to compare, or where the
+compiled step misbehaves)."""
 
 
 _F32, _BF16, _INT8, _INT4 = range(4)
@@ -98,12 +99,17 @@ def library() -> ctypes.CDLL:
     files = sorted(Path(__file__).parent.glob("_llama_cpu*.so"))
     if not files:
         raise NativeUnavailable("not built (installing with a C++ compiler at hand builds it)")
+    return load(files[-1])
+
+
+def load(file: Path) -> ctypes.CDLL:
+    """The shared library in `file`, its functions declared. Raises NativeUnavailable."""
     try:
-        loaded = ctypes.CDLL(str(files[-1]))
+        loaded = ctypes.CDLL(str(file))
     except OSError as error:
-        raise NativeUnavailable(f"{files[-1].name} cannot be loaded: {error}") from error
+        raise NativeUnavailable(f"{file.name} cannot be loaded: {error}") from error
     if loaded.df_version() != VERSION:
-        raise NativeUnavailable(f"{files[-1].name} is of another version: install again")
+        raise NativeUnavailable(f"{file.name} is of another version: install again")
     if not loaded.df_supported():
         raise NativeUnavailable("this CPU lacks AVX2 or FMA")
     loaded.df_allocate.restype = ctypes.c_void_p
@@ -120,11 +126,16 @@ def library() -> ctypes.CDLL:
         ctypes.c_void_p,
     ]
     loaded.df_model_new.restype = ctypes.c_void_p
-    loaded.df_model_new.argtypes = [ctypes.POINTER(_Model)]
+    loaded.df_model_new.argtypes = [ctypes.POINTER(_Model), ctypes.c_int32]
     loaded.df_model_free.argtypes = [ctypes.c_void_p]
     loaded.df_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Batch)]
     loaded.df_logits.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
     return loaded
+
+
+def instructions() -> int:
+    """The step's instruction set: 512 (AVX-512 with BF16 and VNNI) where the CPU has it, else 2 (AVX2)."""
+    return 2 if os.environ.get(DISABLE_ENV) == "avx2" else int(library().df_widest())
 
 
 def check_supported(config: ModelConfig, dtype: torch.dtype, block_tokens: int) -> None:
@@ -251,7 +262,7 @@ class NativeLlama:
             self._packed.release()
             raise
         self._layers = layers
-        self._handle = self._library.df_model_new(ctypes.byref(description))
+        self._handle = self._library.df_model_new(ctypes.byref(description), instructions())
 
     def _packed_size(self) -> int:
         config = self.config

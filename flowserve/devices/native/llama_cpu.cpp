@@ -9,7 +9,7 @@
 
 extern "C" {
 
-DF_EXPORT int32_t df_version(void) { return 3; }
+DF_EXPORT int32_t df_version(void) { return 4; }
 DF_EXPORT int32_t df_supported(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -39,8 +39,25 @@ DF_EXPORT void df_unpack(int32_t format, const void* packed, int32_t k, int32_t 
   panel_column(format, panel, k, row % COLS, out);
 }
 
-// Null for formats that do not go together.
-DF_EXPORT void* df_model_new(const DfModel* description) { return make_avx2(*description); }
+// The widest instruction set here that the step is written for: 2 or 512.
+DF_EXPORT int32_t df_widest(void) {
+#ifdef DF_EMULATE_AVX512
+  return 512;
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
+                 __builtin_cpu_supports("avx512vnni")
+             ? 512
+             : 2;
+#endif
+}
+// `width` is 2 or what df_widest says. Null for formats that do not go together.
+DF_EXPORT void* df_model_new(const DfModel* description, int32_t width) {
+#ifndef DF_EMULATE_AVX512
+  if (width == 2) return make_avx2(*description);
+#endif
+  return width == 512 ? make_avx512(*description) : nullptr;
+}
 DF_EXPORT void df_model_free(void* model) { delete static_cast<Step*>(model); }
 DF_EXPORT void df_step(void* model, const DfBatch* batch) { static_cast<Step*>(model)->step(*batch); }
 // `rows` is at most the tokens of the last step.

@@ -10,7 +10,11 @@
 
 typedef uint16_t bf16;
 typedef uint16_t half;
+#ifdef DF_EMULATE_AVX512  // loops in the place of instructions: inlined everywhere they take minutes to compile
+#define DF_INLINE inline
+#else
 #define DF_INLINE inline __attribute__((always_inline))
+#endif
 
 static DF_INLINE bf16 to_bf16(float value) {  // round to nearest even
   uint32_t bits;

@@ -191,8 +191,8 @@ struct Model final : Step {
                   [&](int index, int r, __m256 x, __m256 y) { done(first + p + index, r, x, y); });
     };
     if (t1 - t0 == 1) return one(t0, 0, count);
-    for (int p = 0; p < count; p++)
-      for (int t = t0; t < t1; t++) one(t, p, 1);
+    for (int p = 0; p < count; p += M::NEIGHBOURS)
+      for (int t = t0; t < t1; t++) one(t, p, std::min<int>(M::NEIGHBOURS, count - p));
   }
 
   template <class KV>

@@ -30,6 +30,17 @@ static DF_INLINE void block(const char* tile, const char* const* panels, int k, 
     for (int i = 0; i < M; i++) done(panel + n, row + i, c[i][2 * n], c[i][2 * n + 1]);
 }
 
+// `count` panels, N at a time, then what is left.
+template <class G, int M, int N, class Done>
+static DF_INLINE void blocks(const char* tile, const char* const* panels, int count, int k, int row, Done&& done) {
+  int n = 0;
+  for (; n + N <= count; n += N) block<G, M, N>(tile, panels + n, k, row, n, done);
+  if constexpr (N > 2)
+    for (; n + 2 <= count; n += 2) block<G, M, 2>(tile, panels + n, k, row, n, done);
+  if constexpr (N > 1)
+    for (; n < count; n++) block<G, M, 1>(tile, panels + n, k, row, n, done);
+}
+
 // One tile times up to four neighbouring panels; few rows take several panels at once, which keeps the
 // multiply units busy and reads several streams. done(panel 0..count-1, row, left eight, right eight).
 template <class G, class Done>
@@ -37,28 +48,12 @@ static DF_INLINE void multiply(const char* tile, int height, int row, const char
   const size_t bytes = panel_bytes(G::FORMAT, k);
   const char* p[4];
   for (int i = 0; i < 4; i++) p[i] = weights + bytes * std::min(i, count - 1);
-  int n = 0;
   switch (height) {
-    case 1:
-      if (count == 4) return block<G, 1, 4>(tile, p, k, row, 0, done);
-      for (; n + 2 <= count; n += 2) block<G, 1, 2>(tile, p + n, k, row, n, done);
-      if (n < count) block<G, 1, 1>(tile, p + n, k, row, n, done);
-      return;
-    case 2:
-      for (; n + 2 <= count; n += 2) block<G, 2, 2>(tile, p + n, k, row, n, done);
-      if (n < count) block<G, 2, 1>(tile, p + n, k, row, n, done);
-      return;
-    case 3:
-      for (; n + 2 <= count; n += 2) block<G, 3, 2>(tile, p + n, k, row, n, done);
-      if (n < count) block<G, 3, 1>(tile, p + n, k, row, n, done);
-      return;
-    case 4:
-      for (; n < count; n++) block<G, 4, 1>(tile, p + n, k, row, n, done);
-      return;
-    case 5:
-      for (; n < count; n++) block<G, 5, 1>(tile, p + n, k, row, n, done);
-      return;
-    default:
-      for (; n < count; n++) block<G, 6, 1>(tile, p + n, k, row, n, done);
+    case 1: return blocks<G, 1, 4>(tile, p, count, k, row, done);
+    case 2: return blocks<G, 2, 2>(tile, p, count, k, row, done);
+    case 3: return blocks<G, 3, 2>(tile, p, count, k, row, done);
+    case 4: return blocks<G, 4, G::NEIGHBOURS>(tile, p, count, k, row, done);
+    case 5: return blocks<G, 5, G::NEIGHBOURS>(tile, p, count, k, row, done);
+    default: return blocks<G, 6, G::NEIGHBOURS>(tile, p, count, k, row, done);
   }
 }
