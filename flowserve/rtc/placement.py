@@ -122,7 +122,8 @@ class Placement:
         if not self.available:
             raise ValueError("no block is available to grow a table by")
         after = block + 1
-        limit = self._price()
+        # A run more is cheaper than any prefix while there are blocks that hold nothing.
+        limit = 0.0 if self._allocator.free else self._price()
         cheap = after < self._blocks and not self._held[after] and self._values[after] <= limit
         chosen = after if cheap else self._gap(limit)
         self._hold(chosen, 1)
