@@ -28,6 +28,32 @@ import uvloop
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are kept: the dtype (of KV pages too) and the blocks, as executors and `up` name them."""
+
+    dtype: str
+    quantization: str = ""
+    weight_bytes: float = 2.0  # of a layer's weight, scales included
+    head_bytes: float = 2.0  # of one of the head's
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of `deepflow up`."""
+        blocks = ("--quantization", self.quantization) if self.quantization else ()
+        return ("--dtype", self.dtype, *blocks)
+
+
+PRECISIONS = {
+    "f32": Precision("float32", "", 4.0, 4.0),
+    "bf16": Precision("bfloat16"),
+    "int8": Precision("bfloat16", "int8", 1.0625, 1.0625),  # 32 values, a float16 scale
+    "int4": Precision(
+        "bfloat16", "int4", 0.625, 1.0625
+    ),  # 32 values, a float16 scale and minimum; the head is int8
+}
+
+
 def machine() -> dict[str, object]:
     cpu = platform.processor() or platform.machine()
     try:

@@ -1,6 +1,6 @@
 """The engine against this machine's own limits, and against vLLM and llama.cpp on the same cores.
 
-    python -m tests.bench.engine [--quick] [--json PATH] [--threads N] [--dtype bfloat16|float32]
+    python -m tests.bench.engine [--quick] [--json PATH] [--threads N] [--precision f32|bf16|int8|int4]
     python -m tests.bench.engine --peers [--quick] [--json PATH] [--cells 128/64@8 …] [--rounds N] …
 
 The first form measures ceilings (`ceilings.py`) and, in turn with them, the executor's steps: decode of
@@ -39,7 +39,7 @@ DECODE_CONTEXT = 256
 PREFILL_TOKENS = (128, 512, 2048)
 PREFILL_PIECE = 16  # tokens of a piece where a prefill is run almost without attention
 LONG_CONTEXTS = (4096, 8000)
-BYTES = {"bfloat16": 2, "float32": 4}
+KV_BYTES = {"bfloat16": 2, "float32": 4}
 KV_GAP = 0.15  # what long contexts may cost beyond the bytes of their KV
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -52,20 +52,22 @@ def layer_weights(config: ModelConfig) -> int:
 class Step:
     """One kind of step: its slices, and the least it must read and compute."""
 
-    def __init__(self, kind: str, slices: Sequence[SequenceSlice], config: ModelConfig, size: int) -> None:
+    def __init__(
+        self, kind: str, slices: Sequence[SequenceSlice], config: ModelConfig, how: common.Precision
+    ) -> None:
         self.kind, self.slices = kind, slices
         self.sequences = len(slices)
         self.tokens = sum(len(item.tokens) for item in slices)
         self.context = slices[0].start
         sampled = sum(item.sample is not None for item in slices)
-        self.weight_bytes = float(layer_weights(config) + config.vocab_size * config.hidden) * size
+        head = config.vocab_size * config.hidden
+        self.weight_bytes = layer_weights(config) * how.weight_bytes + head * how.head_bytes
         seen = sum(item.start + len(item.tokens) for item in slices)
-        self.kv_bytes = 2.0 * config.layers * config.kv_heads * config.head_dim * seen * size
+        self.kv_bytes = 2.0 * config.layers * config.kv_heads * config.head_dim * seen * KV_BYTES[how.dtype]
         pairs = sum(
             len(item.tokens) * item.start + len(item.tokens) * (len(item.tokens) + 1) / 2 for item in slices
         )
-        head = 2.0 * sampled * config.vocab_size * config.hidden
-        self.matrix_operations = 2.0 * self.tokens * layer_weights(config) + head
+        self.matrix_operations = 2.0 * (self.tokens * layer_weights(config) + sampled * head)
         self.attention_operations = 4.0 * pairs * config.layers * config.heads * config.head_dim
 
     @property
@@ -89,12 +91,12 @@ def slices(sequences: int, tokens: int, start: int, block_tokens: int = 16) -> l
     ]
 
 
-def steps(config: ModelConfig, size: int, quick: bool) -> list[Step]:
+def steps(config: ModelConfig, how: common.Precision, quick: bool) -> list[Step]:
     long = LONG_CONTEXTS[:1] if quick else LONG_CONTEXTS
     decodes = [*((n, DECODE_CONTEXT) for n in DECODE_BATCHES), *((1, n) for n in long)]
-    made = [Step("decode", slices(n, 1, context), config, size) for n, context in decodes]
+    made = [Step("decode", slices(n, 1, context), config, how) for n, context in decodes]
     prompts = PREFILL_TOKENS[:2] if quick else PREFILL_TOKENS
-    return made + [Step("prefill", slices(1, n, 0), config, size) for n in prompts]
+    return made + [Step("prefill", slices(1, n, 0), config, how) for n in prompts]
 
 
 def without_context(step: Step) -> list[SequenceSlice]:
@@ -190,12 +192,18 @@ def check(
             )
 
 
-def add_around(report: common.Report, executor: LocalExecutor, found: dict[str, Times], args: object) -> None:
+def add_around(
+    report: common.Report,
+    executor: LocalExecutor,
+    found: dict[str, Times],
+    quick: bool,
+    threads: int,
+    how: common.Precision,
+) -> None:
     """What the engine's loop, gRPC and the gateway add to a decode step."""
-    quick, threads, dtype = args.quick, args.threads, args.dtype  # type: ignore[attr-defined]  # a namespace
     batches = DECODE_BATCHES[:2] if quick else DECODE_BATCHES
     loops = {n: breakdown.in_engine(executor, n, DECODE_CONTEXT) for n in batches}
-    with running_stack("1C", "--threads", str(threads), "--dtype", dtype, "--kv-cache-bytes", "1G") as stack:
+    with running_stack("1C", "--threads", str(threads), "--kv-cache-bytes", "512M", *how.options) as stack:
         for n in batches:
             direct, gateway = asyncio.run(breakdown.served(stack, n, DECODE_CONTEXT))
             step = common.median(found[f"decode, batch {n}, context {DECODE_CONTEXT}"].whole)
@@ -214,7 +222,7 @@ def add_around(report: common.Report, executor: LocalExecutor, found: dict[str, 
 def main() -> int:
     parser = common.parser(str(__doc__).splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=sorted(BYTES), default="bfloat16")
+    parser.add_argument("--precision", choices=list(common.PRECISIONS), default="bf16")
     parser.add_argument(
         "--no-stack", action="store_true", help="leave out the engine's loop, gRPC and gateway"
     )
@@ -222,17 +230,20 @@ def main() -> int:
     args = parser.parse_args()
     if args.peers:
         return compare.main(args)
-    report = common.Report(f"engine, {args.dtype}, {args.threads} threads")
+    how = common.PRECISIONS[args.precision]
+    multiplied = "int8" if how.quantization else how.dtype  # activations meet quantized weights in 8 bits
+    report = common.Report(f"engine, {args.precision}, {args.threads} threads")
     executor = open_executor(
         fetch(DEFAULT_MODEL_URI).path,
         revision="bench",
-        dtype=args.dtype,
+        dtype=how.dtype,
+        quantization=how.quantization,
         kv_cache_bytes=1 << 30,
         threads=args.threads,
     )
     config = executor._model.config
     ceilings = Ceilings(config, args.threads)
-    plan = steps(config, BYTES[args.dtype], args.quick)
+    plan = steps(config, how, args.quick)
     found = {step.name: Times() for step in plan}
     for step in plan:
         executor.execute(step.slices)
@@ -241,12 +252,12 @@ def main() -> int:
         for step in plan:
             measure_step(executor, step, found[step.name])
     ceilings.report(report)
-    _, rate = ceilings.multiply(args.dtype)
+    _, rate = ceilings.multiply(multiplied)
     for step in plan:
         add_step(report, step, found[step.name], ceilings.bandwidth, rate)
-    check(report, plan, found, ceilings, args.dtype)
+    check(report, plan, found, ceilings, multiplied)
     if not args.no_stack:
-        add_around(report, executor, found, args)
+        add_around(report, executor, found, args.quick, args.threads, how)
     executor.close()
     return report.finish(args.json)
 

@@ -1,6 +1,6 @@
 """What a weight precision costs in quality: perplexity of a fixed text, beside float32.
 
-    python -m tests.bench.perplexity [--quick] [--json PATH] [--precisions float32 bfloat16 …]
+    python -m tests.bench.perplexity [--quick] [--json PATH] [--precisions bf16 int8 int4]
 
 The text is shipped (`tests/data`), so that figures of different days and machines compare. It is cut into
 windows, each scored from its second token on, by the executor that serves. Beside perplexity stands what
@@ -26,11 +26,10 @@ from flowserve.executor.local import LocalExecutor, open_executor
 from tests.bench import common
 
 TEXT = common.ROOT / "tests" / "data" / "moby_dick_chapter_1.txt"
-REFERENCE = "float32"
-PRECISIONS = ("bfloat16",)
+REFERENCE = "f32"
 WINDOW = 512  # tokens
 QUICK_WINDOWS = 2
-MOST_LOSS = 0.01  # of perplexity that bf16 may cost (ours)
+MOST_LOSS = {"bf16": 0.01, "int8": 0.01, "int4": 0.1}  # of perplexity (ours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,14 @@ def score(executor: LocalExecutor, texts: Sequence[Sequence[int]]) -> Scores:
 
 
 def run(model: Path, precision: str, threads: int, texts: Sequence[Sequence[int]]) -> Scores:
+    how = common.PRECISIONS[precision]
     executor = open_executor(
-        model, revision="bench", dtype=precision, kv_cache_bytes=256 << 20, threads=threads
+        model,
+        revision="bench",
+        dtype=how.dtype,
+        quantization=how.quantization,
+        kv_cache_bytes=256 << 20,
+        threads=threads,
     )
     try:
         return score(executor, texts)
@@ -77,7 +82,8 @@ def run(model: Path, precision: str, threads: int, texts: Sequence[Sequence[int]
 def main() -> int:
     parser = common.parser(str(__doc__).splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--precisions", nargs="*", default=list(PRECISIONS), help=f"beside {REFERENCE}")
+    others = [name for name in common.PRECISIONS if name != REFERENCE]
+    parser.add_argument("--precisions", nargs="*", default=others, choices=others, help=f"beside {REFERENCE}")
     args = parser.parse_args()
     report = common.Report("perplexity")
     model = fetch(DEFAULT_MODEL_URI).path
@@ -97,9 +103,11 @@ def main() -> int:
             max_logprob_move=max(moves),
             same_best_percent=100 * same,
         )
-        if precision == "bfloat16":
-            target = f"< {100 * MOST_LOSS:.0f}"
-            report.check("perplexity that bf16 costs", 100 * loss, "%", target, loss < MOST_LOSS)
+        if precision in MOST_LOSS:
+            most = MOST_LOSS[precision]
+            report.check(
+                f"perplexity that {precision} costs", 100 * loss, "%", f"< {100 * most:.0f}", loss < most
+            )
     return report.finish(args.json)
 
 

@@ -31,8 +31,7 @@ from tests.bench.client import Prompts, batch, complete
 from tests.bench.peers import servers
 from tests.bench.peers.servers import Server
 
-# Weight precisions of this engine and the options of `deepflow up` that choose them.
-OURS: dict[str, tuple[str, ...]] = {"bf16": ()}
+OURS = ("bf16", "int8", "int4")  # weight precisions of this engine
 PEERS = ("vllm-bf16", "vllm-f32", "llama.cpp-bf16", "llama.cpp-q8", "llama.cpp-q4")
 ROUNDS = 5
 MOST_OTHER_WORK = 0.1  # of the machine, above which a run is not counted (ours)
@@ -97,7 +96,7 @@ def start(stack: contextlib.ExitStack, args: argparse.Namespace) -> list[Server]
     model = fetch(DEFAULT_MODEL_URI).path
     slots = max(cell.concurrency for cell in CELLS)
     for precision in args.ours:
-        opened = servers.deepflow(precision, args.threads, OURS[precision])
+        opened = servers.deepflow(precision, args.threads)
         started.append(stack.enter_context(opened))
     for peer in args.against:
         name, precision = peer.rsplit("-", 1)

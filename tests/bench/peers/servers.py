@@ -28,7 +28,7 @@ from tests.support.stack import MODEL, running_stack
 
 START_SECONDS = 400.0  # vLLM compiles at its first start
 STOP_SECONDS = 15.0
-KV_GIB = 2
+KV_GIB = 1  # 32 streams of 640 tokens, in float32 too
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 LLAMACPP_CONTEXT_TOKENS = 32_768  # 32 streams of 640 tokens and some room
 
@@ -52,15 +52,19 @@ class Server:
 
 
 @contextlib.contextmanager
-def deepflow(precision: str, threads: int, options: tuple[str, ...] = ()) -> Iterator[Server]:
+def deepflow(precision: str, threads: int) -> Iterator[Server]:
     """The whole stack, 1C, as a user starts it: gateway, Valkey and one executor with all cores."""
-    chosen = ("--threads", str(threads), "--kv-cache-bytes", f"{KV_GIB}G", *options)
+    chosen = (
+        "--threads",
+        str(threads),
+        "--kv-cache-bytes",
+        f"{KV_GIB}G",
+        *common.PRECISIONS[precision].options,
+    )
     started = time.perf_counter()
     with running_stack("1C", *chosen) as stack:
         seconds = time.perf_counter() - started
-        yield Server(
-            "deepflow", "", precision, stack.port, MODEL, seconds, " ".join(options), tuple(stack.pids())
-        )
+        yield Server("deepflow", "", precision, stack.port, MODEL, seconds, pids=tuple(stack.pids()))
 
 
 @contextlib.contextmanager
