@@ -144,6 +144,9 @@ def _format(value: object) -> str:
     return str(value)
 
 
+MOST_OTHER_WORK = 0.1  # of the machine, above which a run tells nothing (ours)
+
+
 class OtherWork:
     """What processes that are not part of the measurement take of this machine meanwhile.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from tests.bench import common
 from tests.bench.client import Prompts, Sample, batch
-from tests.bench.peers.compare import MOST_OTHER_WORK, Cell
+from tests.bench.peers.compare import Cell
 from tests.bench.serve import TOPOLOGIES, connected, direct
 from tests.support.stack import Stack, running_stack
 
@@ -99,7 +99,7 @@ def add_rows(report: common.Report, runs: list[Run]) -> None:
     cells = sorted({Cell.parse(run.cell) for run in runs}, key=lambda c: (c.prompt, c.concurrency))
     for cell, topology in itertools.product(cells, TOPOLOGIES):
         found = [run for run in runs if (run.cell, run.topology) == (str(cell), topology)]
-        group = [run for run in found if run.other_work <= MOST_OTHER_WORK]
+        group = [run for run in found if run.other_work <= common.MOST_OTHER_WORK]
         medians = {
             name: common.median([getattr(run, name) for run in group])
             for name in ("ttft", "tpot", "gap_p99", "tokens_per_s", "transfer", "transfer_share")

@@ -32,9 +32,9 @@ from tests.bench.peers import servers
 from tests.bench.peers.servers import Server
 
 OURS = ("bf16", "int8", "int4")  # weight precisions of this engine
+QUICK_PEERS = ("llama.cpp-bf16", "llama.cpp-q8")  # vLLM alone takes half a minute to start
 PEERS = ("vllm-bf16", "vllm-f32", "llama.cpp-bf16", "llama.cpp-q8", "llama.cpp-q4")
 ROUNDS = 5
-MOST_OTHER_WORK = 0.1  # of the machine, above which a run is not counted (ours)
 SEQUENTIAL_REQUESTS = 2  # a run at concurrency 1: one after the other
 
 
@@ -75,16 +75,15 @@ class Run:
 
     @property
     def disturbed(self) -> bool:
-        return self.other_work > MOST_OTHER_WORK
+        return self.other_work > common.MOST_OTHER_WORK
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("beside the peers")
     group.add_argument("--peers", action="store_true", help="measure against vLLM and llama.cpp")
-    group.add_argument("--ours", nargs="*", default=list(OURS), choices=OURS, help="our weight precisions")
-    group.add_argument("--against", nargs="*", default=list(PEERS), choices=PEERS, help="the peers to start")
+    group.add_argument("--ours", nargs="*", choices=OURS, help="our weight precisions (default all)")
+    group.add_argument("--against", nargs="*", choices=PEERS, help="default all; with --quick not vLLM")
     group.add_argument("--cells", nargs="*", type=Cell.parse, help="PROMPT/OUTPUT@CONCURRENCY …")
-    group.add_argument("--rounds", type=int, help=f"runs of each cell (default {ROUNDS})")
     group.add_argument("--hold", metavar="FILE", help="start the servers, describe them in FILE, wait")
     group.add_argument("--running", metavar="FILE", help="measure on servers held by --hold")
     group.add_argument("--samples", metavar="FILE", help="add the runs to FILE, report over all in it")
@@ -255,6 +254,10 @@ def hold(found: Sequence[Server], path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.ours is None:
+        args.ours = OURS[:1] if args.quick else OURS
+    if args.against is None:
+        args.against = QUICK_PEERS if args.quick else PEERS
     report = common.Report("engine beside its peers")
     with contextlib.ExitStack() as stack:
         if args.running:
