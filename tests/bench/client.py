@@ -28,7 +28,6 @@ class Sample:
     rest: list[float] = field(default_factory=list)  # arrivals after the first, from the start
     tokens: int = 0
     error: str = ""
-    transfer: float = 0.0  # that a decode waited for its KV, where that is known
 
     @property
     def per_token(self) -> float:

@@ -216,6 +216,10 @@ class Samples(Generic[R]):
                 file.write(orjson.dumps(run) + b"\n")
 
 
+def gaps(times: Sequence[float]) -> list[float]:
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,10 +3,10 @@
     python -m tests.bench.disaggregation [--quick] [--json PATH] [--cells 512/128@8 …] [--rounds N]
 
 1C has all cores in one executor, 1P1D half of them in each of two. Both are started as a user starts them
-and driven over the worker protocol, which tells how long a decode waited for its KV. The load of a cell is
-closed: so many streams, each starting its next request as soon as one ends, so that prompts keep coming
-while others decode. `gap` is the time between two tokens of a stream: what a prompt computed in between
-costs those who read along.
+and driven through their gateways. The load of a cell is closed: so many streams, each starting its next
+request as soon as one ends, so that prompts keep coming while others decode. `gap` is the time between two
+tokens of a stream: what a prompt computed in between costs those who read along. `handover` is how much
+longer the second token takes than later ones: what the client sees of the transfer (on 1C, of nothing).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tests.bench import common
-from tests.bench.client import Prompts, Sample, batch
+from tests.bench.client import Prompts, Sample, batch, complete
 from tests.bench.peers.compare import Cell
-from tests.bench.serve import TOPOLOGIES, connected, direct
-from tests.support.stack import Stack, running_stack
+from tests.bench.serve import TOPOLOGIES
+from tests.support.stack import MODEL, Stack, running_stack
 
 CELLS = tuple(map(Cell.parse, ("128/64@1", "128/64@8", "512/128@1", "512/128@8", "1024/32@4")))
 QUICK_CELLS = tuple(map(Cell.parse, ("128/16@1", "256/16@4")))
@@ -41,8 +41,8 @@ class Run:
     tpot: float
     gap_p99: float  # of all gaps of all streams
     tokens_per_s: float
-    transfer: float  # median wait of a decode for its KV
-    transfer_share: float  # of the requests' whole time
+    handover: float  # median
+    handover_share: float  # of the requests' whole time
     other_work: float
 
 
@@ -50,8 +50,9 @@ def summarise(
     topology: str, cell: Cell, number: int, samples: list[Sample], wall: float, other: float
 ) -> Run:
     good = [sample for sample in samples if not sample.error]
-    gaps = [b - a for s in good for a, b in itertools.pairwise([s.first, *s.rest])]
+    gaps = [gap for s in good for gap in common.gaps([s.first, *s.rest])]
     whole = sum(s.rest[-1] for s in good)
+    handovers = [s.rest[0] - s.first - common.median(common.gaps(s.rest)) for s in good]
     return Run(
         topology=topology,
         cell=str(cell),
@@ -61,8 +62,8 @@ def summarise(
         tpot=1e3 * common.median([s.per_token for s in good]),
         gap_p99=1e3 * common.percentile(gaps, 99),
         tokens_per_s=sum(s.tokens for s in good) / wall,
-        transfer=1e3 * common.median([s.transfer for s in good]),
-        transfer_share=sum(s.transfer for s in good) / whole if whole else 0.0,
+        handover=1e3 * common.median(handovers),
+        handover_share=sum(handovers) / whole if whole else 0.0,
         other_work=other,
     )
 
@@ -73,26 +74,22 @@ async def measure(
     prompts = Prompts(time.time_ns())
     first = time.time_ns()
     pids = [pid for stack in stacks.values() for pid in stack.pids()]
-    async with AsyncExitStack() as opened:
-        clients = {name: await opened.enter_async_context(connected(s)) for name, s in stacks.items()}
 
-        async def load(name: str, cell: Cell, requests: int) -> tuple[list[Sample], float]:
-            revision = stacks[name].revision
-            return await batch(
-                lambda: direct(clients[name], revision, prompts.next(cell.prompt), cell.output),
-                cell.concurrency,
-                requests,
-            )
+    async def load(name: str, cell: Cell, requests: int) -> tuple[list[Sample], float]:
+        port = stacks[name].port
+        return await batch(
+            lambda: complete(port, MODEL, prompts.next(cell.prompt), cell.output), cell.concurrency, requests
+        )
 
-        for name in stacks:  # buffers and cost models get warm
-            await load(name, Cell(128, 8, 2), 2)
-        for number in range(rounds):
-            names = list(stacks) if number % 2 == 0 else list(reversed(stacks))
-            for cell in cells:
-                for name in names:
-                    other = common.OtherWork(pids)
-                    done, wall = await load(name, cell, REQUESTS_A_STREAM * cell.concurrency)
-                    samples.add(summarise(name, cell, first + number, done, wall, other.share()))
+    for name in stacks:  # buffers and cost models get warm
+        await load(name, Cell(128, 8, 2), 2)
+    for number in range(rounds):
+        names = list(stacks) if number % 2 == 0 else list(reversed(stacks))
+        for cell in cells:
+            for name in names:
+                other = common.OtherWork(pids)
+                done, wall = await load(name, cell, REQUESTS_A_STREAM * cell.concurrency)
+                samples.add(summarise(name, cell, first + number, done, wall, other.share()))
 
 
 def add_rows(report: common.Report, runs: list[Run]) -> None:
@@ -102,7 +99,7 @@ def add_rows(report: common.Report, runs: list[Run]) -> None:
         group = [run for run in found if run.other_work <= common.MOST_OTHER_WORK]
         medians = {
             name: common.median([getattr(run, name) for run in group])
-            for name in ("ttft", "tpot", "gap_p99", "tokens_per_s", "transfer", "transfer_share")
+            for name in ("ttft", "tpot", "gap_p99", "tokens_per_s", "handover", "handover_share")
         }
         report.add(
             tokens=f"{cell.prompt}/{cell.output}",
@@ -114,8 +111,8 @@ def add_rows(report: common.Report, runs: list[Run]) -> None:
             tpot_ms=medians["tpot"],
             gap_ms_p99=medians["gap_p99"],
             tokens_per_s=medians["tokens_per_s"],
-            transfer_ms=medians["transfer"] if topology == "1P1D" else None,
-            transfer_percent=100 * medians["transfer_share"] if topology == "1P1D" else None,
+            handover_ms=medians["handover"],
+            handover_percent=100 * medians["handover_share"],
         )
 
 

@@ -38,24 +38,22 @@ async def through_gateway(stack: Stack, prompt: Sequence[int]) -> Sample:
     return await complete(stack.port, MODEL, prompt, OUTPUT_TOKENS)
 
 
-async def direct(
-    clients: dict[str, WorkerClient], revision: str, prompt: Sequence[int], output: int = OUTPUT_TOKENS
-) -> Sample:
+async def direct(clients: dict[str, WorkerClient], revision: str, prompt: Sequence[int]) -> Sample:
     started = time.perf_counter()
     sampling = greedy(ignore_eos=True)
     if "prefill" in clients:
         run = await generate_disaggregated(
             clients["prefill"], clients["decode"], prompt, revision=revision,
-            max_tokens=output, sampling=sampling, timeout=600,
+            max_tokens=OUTPUT_TOKENS, sampling=sampling, timeout=600,
         )  # fmt: skip
     else:
         run = await clients["colocated"].generate(
-            prompt, revision=revision, max_tokens=output, sampling=sampling, timeout=600
+            prompt, revision=revision, max_tokens=OUTPUT_TOKENS, sampling=sampling, timeout=600
         )
     if run.finish != common_pb2.FINISH_REASON_LENGTH:
         return Sample(0.0, error=str(run.error))
     times = [at - started for at, _ in run.arrivals]
-    return Sample(times[0], times[1:], len(run.tokens), transfer=run.transfer_seconds)
+    return Sample(times[0], times[1:], len(run.tokens))
 
 
 @asynccontextmanager

@@ -32,7 +32,6 @@ class TaskRun:
     error: common_pb2.TaskError | None = None
     handover: worker_pb2.Handover | None = None
     cached_tokens: int = 0
-    transfer_seconds: float = 0.0  # that the decode waited for its KV
     start_indexes: list[int] = field(default_factory=list)
 
 
@@ -119,7 +118,6 @@ class WorkerClient:
             run.handover = delta.handover
         if delta.finish:
             run.finish = delta.finish
-            run.transfer_seconds = delta.timings.transfer_seconds
             if delta.HasField("error"):
                 run.error = delta.error
             first.set()
