@@ -21,7 +21,7 @@ def main() -> None:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     params.n_parallel = int(slots)
     params.n_ctx = int(context)  # tokens of all slots together
-    params.kv_unified = True
+    params.kv_unified = False  # prompts share no prefix: a slot attends to its own cells alone
     params.cont_batching = True
     params.n_gpu_layers = 0
     params.cache_ram_mib = 0  # prompts are never the same twice

@@ -1,7 +1,7 @@
 """Starts an engine as an OpenAI server on loopback, and ends it. Called by `compare.py`.
 
 Each peer gets its own best settings: all cores, threads bound, tcmalloc and compiled steps for vLLM;
-unified KV, flash attention (its default) and one slot a stream for llama.cpp.
+flash attention (its default), one slot a stream and KV split by slot for llama.cpp.
 """
 
 from __future__ import annotations
