@@ -250,7 +250,9 @@ def judge(report: common.Report, runs: Sequence[Run]) -> None:
 def hold(found: Sequence[Server], path: Path) -> None:
     path.write_bytes(orjson.dumps([asdict(server) for server in found], option=orjson.OPT_INDENT_2))
     print(f"holding; stop with SIGTERM to {os.getpid()}", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    signal.sigwait(ends)
 
 
 def main(args: argparse.Namespace) -> int:

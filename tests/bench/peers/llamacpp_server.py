@@ -10,6 +10,8 @@ import sys
 
 import xllamacpp
 
+ENDS = {signal.SIGTERM, signal.SIGINT}
+
 
 def main() -> None:
     model, port, threads, slots, context = sys.argv[1:]
@@ -26,9 +28,10 @@ def main() -> None:
     params.n_gpu_layers = 0
     params.cache_ram_mib = 0  # prompts are never the same twice
     params.ui = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # for the server's threads too: the wait below gets them
     server = xllamacpp.Server(params)
     print("listening on", server.listening_address, flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    signal.sigwait(ENDS)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ flash attention (its default), one slot a stream and KV split by slot for llama.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +53,9 @@ class Server:
 @contextlib.contextmanager
 def deepflow(precision: str, threads: int) -> Iterator[Server]:
     """The whole stack, 1C, as a user starts it: gateway, Valkey and one executor with all cores."""
-    chosen = (
-        "--threads",
-        str(threads),
-        "--kv-cache-bytes",
-        f"{KV_GIB}G",
-        *common.PRECISIONS[precision].options,
-    )
+    size = ("--threads", str(threads), "--kv-cache-bytes", f"{KV_GIB}G")
     started = time.perf_counter()
-    with running_stack("1C", *chosen) as stack:
+    with running_stack("1C", *size, *common.PRECISIONS[precision].options) as stack:
         seconds = time.perf_counter() - started
         yield Server("deepflow", "", precision, stack.port, MODEL, seconds, pids=tuple(stack.pids()))
 
@@ -95,10 +88,8 @@ def vllm(precision: str, threads: int, *, compiled: bool = True) -> Iterator[Ser
     }
     notes = "compiled" if compiled else "eager"
     notes += "" if allocator else ", no tcmalloc"
-    with _process([*command, *([] if compiled else ["--enforce-eager"])], environment, port) as (
-        seconds,
-        pid,
-    ):
+    command += [] if compiled else ["--enforce-eager"]
+    with _process(command, environment, port) as (seconds, pid):
         yield Server("vllm", VLLM, precision, port, "m", seconds, notes, (pid,))
 
 
@@ -145,11 +136,14 @@ def _process(command: list[str], environment: dict[str, str], port: int) -> Iter
 
 
 def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def _stop(server: psutil.Popen) -> None:
