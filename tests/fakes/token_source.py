@@ -27,6 +27,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+import uvloop
 from deepflow.v1 import (
     common_pb2,
     kvtransfer_pb2,
@@ -48,6 +49,8 @@ REPORT_SECONDS = 0.25
 LEASE_SECONDS = 10.0
 HEARTBEAT_SECONDS = 1.0
 RECORD_MILLISECONDS = 10_000
+STEPS_AHEAD = 2
+"""At full speed a stream's tasks wait once so many steps are unsent, as an engine's outbox merges."""
 
 ROLES = {
     "colocated": common_pb2.ROLE_COLOCATED,
@@ -135,8 +138,10 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         kv_blocks: int = 4096,
         max_model_len: int = 1 << 20,
         exit_on_death: bool = False,
+        kv_events: bool = True,
     ) -> None:
-        """`token_seconds`: one token per task in so much. `max_tasks`: beyond, QUEUE_FULL."""
+        """`token_seconds`: one token per task in so much; 0: as fast as the streams take them. `max_tasks`:
+        beyond, QUEUE_FULL. Without `kv_events` prompts are not hashed: for benches of the gateway."""
         self.te_id, self.revision, self.role, self.token = te_id, revision, role, token
         self.incarnation = secrets.token_hex(6)
         self.redis_url = redis_url
@@ -155,6 +160,8 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         self.tasks: dict[Key, _Task] = {}
         self.tokens_made = 0
         self._exit_on_death = exit_on_death
+        self._kv_events = kv_events
+        self._work = asyncio.Event()
         self._streams: set[_Stream] = set()
         self._held: OrderedDict[bytes, None] = OrderedDict()
         self._kv_sequence = 1
@@ -267,7 +274,10 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
     async def _run(self) -> None:
         reported = 0.0
         while True:
-            await asyncio.sleep(self.token_seconds)
+            if self.token_seconds:
+                await asyncio.sleep(self.token_seconds)
+            else:
+                await self._until_work()
             now = time.monotonic()
             self._step += 1
             for transfer_id, (_, _, until) in list(self.offers.items()):
@@ -277,6 +287,8 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
                 continue
             events: dict[_Stream, list[worker_pb2.TaskDelta]] = {}
             for task in list(self.tasks.values()):
+                if not self.token_seconds and task.stream.outbox.qsize() >= STEPS_AHEAD:
+                    continue
                 delta = self._advance(task, now)
                 if delta is not None:
                     events.setdefault(task.stream, []).append(delta)
@@ -292,6 +304,14 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
             load = self.load()
             for stream, deltas in events.items():
                 self._send(stream, worker_pb2.StepEvent(deltas=deltas, load=load))
+
+    async def _until_work(self) -> None:
+        """At full speed: until a task came or a stream took a step, or it is time for a report."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPORT_SECONDS):
+                await self._work.wait()
+        self._work.clear()
+        await asyncio.sleep(0)  # what else arrived in this turn goes into the same step
 
     def _advance(self, task: _Task, now: float) -> worker_pb2.TaskDelta | None:
         """One step of one task."""
@@ -403,6 +423,8 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         return max(0, min(depth * BLOCK_TOKENS, len(submit.prompt_tokens) // 4 - 1))
 
     def _remember(self, task: _Task) -> None:
+        if not self._kv_events:
+            return
         stored = [identity for identity in self._identities(task.submit) if identity not in self._held]
         if not stored:
             return
@@ -434,6 +456,7 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         try:
             while True:
                 response = await stream.outbox.get()
+                self._work.set()
                 if response.WhichOneof("message") is None or self._server is None:
                     return
                 if not self.faults.silent:
@@ -462,7 +485,7 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
             delta = _error(submit, *refusal, start=len(submit.output_tokens) // 4)
             self._send(stream, worker_pb2.StepEvent(deltas=[delta], load=self.load()))
             return
-        cached = self._cached(submit)
+        cached = self._cached(submit) if self._kv_events else 0
         tokens = (len(submit.prompt_tokens) + len(submit.output_tokens)) // 4
         task = _Task(
             submit=submit,
@@ -472,6 +495,7 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
             cached=cached,
         )
         self.tasks[task.key] = task
+        self._work.set()
         if submit.kind == common_pb2.TASK_KIND_DECODE:
             task.ready_at = float("inf")
             pull = asyncio.create_task(self._pull(task))
@@ -597,6 +621,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         max_tasks=arguments.max_tasks,
         kv_blocks=arguments.kv_blocks,
         exit_on_death=True,
+        kv_events=not arguments.no_kv_events,
     )
     source.faults.die_after = arguments.die_after
     async with source:
@@ -619,10 +644,11 @@ def main() -> None:
     parser.add_argument("--prefill-rate", type=float, default=1e6, help="tokens per second")
     parser.add_argument("--max-tasks", type=int, default=256)
     parser.add_argument("--kv-blocks", type=int, default=4096)
+    parser.add_argument("--no-kv-events", action="store_true", help="no prefix cache: no prompt is hashed")
     parser.add_argument("--die-after", type=int, help="exit(9) after so many tokens")
     parser.add_argument("--endpoint-file", default="")
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(parser.parse_args()))
+        uvloop.run(_serve(parser.parse_args()))
 
 
 if __name__ == "__main__":
