@@ -69,6 +69,11 @@ class Member:
     def submitted(self, key: tuple[str, int], unreported: Unreported) -> None:
         self._unreported[key] = unreported
 
+    @property
+    def awaits(self) -> bool:
+        """Something was submitted that the executor has not spoken of."""
+        return bool(self._unreported)
+
     def heard(self, key: tuple[str, int]) -> None:
         """The executor spoke of this task (or it ended): reports include it."""
         self._unreported.pop(key, None)

@@ -207,8 +207,9 @@ class FleetView:
         te_id, member = channel.te_id, self._member_of(channel)
         if member is None:
             return
-        for delta in step.deltas:
-            member.heard((delta.task_id, delta.attempt))
+        if member.awaits:  # a step of running tasks alone, the common one, is not looked through
+            for delta in step.deltas:
+                member.heard((delta.task_id, delta.attempt))
         if step.HasField("kv_events"):
             events = step.kv_events
             if not self.prefixes.apply(

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
+from starlette.types import Send
 
 SCOPE_KEY = "deepflow.context"
 
@@ -36,6 +37,9 @@ class RequestContext:
     completion_tokens: int = 0
     error: str = ""  # code of the error, in-band or not
     response_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    send: Send | None = None
+    """The server's own `send`. The layers between it and a route change an answer's start alone, so the
+    thousands of body messages of a stream go past them."""
 
     def stage(self, name: str) -> None:
         """The stage `name` ends now; it began where the last one ended."""

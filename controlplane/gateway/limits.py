@@ -105,6 +105,11 @@ class Lease:
         self.limit_id = limit_id
         self.headers = headers
 
+    @property
+    def waits(self) -> bool:
+        """Its release is a call to Redis."""
+        return not self._limits.unbounded
+
     def release(self, completion_tokens: int) -> asyncio.Task[None] | None:
         """Frees the slot and counts the tokens. Await the answer to know it before telling the client."""
         if self._released:
@@ -134,14 +139,15 @@ class Limiter:
                 429, "The server is at its bound of running requests.", code="queue_full", retry_after=1
             )
         limits, limit_id = principal.limits, principal.limit_id
-        # The client chooses its request id: equal ids must not count as one running request.
-        member = f"{request_id}/{secrets.token_hex(8)}"
+        member = ""
         headers: list[tuple[bytes, bytes]] = []
         # The slot is taken before the first await, so that a burst cannot pass the bound together.
         self.in_flight += 1
         metrics.IN_FLIGHT.inc()
         try:
             if not limits.unbounded:
+                # The client chooses its request id: equal ids must not count as one running request.
+                member = f"{request_id}/{secrets.token_hex(8)}"
                 headers = await self._check(limit_id, limits, member, prompt_tokens)
         except BaseException:
             self._leave()

@@ -44,6 +44,7 @@ class RequestMiddleware:
         context = RequestContext(
             request_id=request_id_from(given.get(b"x-request-id")),
             traceparent=traceparent_from(given.get(b"traceparent")),
+            send=send,
         )
         scope[SCOPE_KEY] = context
         started = False

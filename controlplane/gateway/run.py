@@ -191,6 +191,14 @@ class Run:
             sum(choice.completion_tokens for part in parts for choice in part.choices),
         )
 
+    @property
+    def ending(self) -> bool:
+        """Every choice has its last piece, and settling will wait for nobody: the answer's end can travel
+        with that piece."""
+        if self._lease.waits:
+            return False
+        return all(choice.finish is not None for part in self._parts for choice in part.choices)
+
     def cancel(self, reason: str) -> None:
         """Stops every job now; does not wait."""
         for part in self._parts:

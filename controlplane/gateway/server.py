@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from controlplane.api.errors import ApiError
 from controlplane.gateway import metrics
 from controlplane.gateway.settings import GatewaySettings
-from controlplane.gateway.sse import ABORT_EXTENSION
+from controlplane.gateway.sse import ABORT_EXTENSION, FULL_EXTENSION
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,10 @@ class GatewayProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._header_count = 0
         self._discarded = 0
-        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self._abort}}
+        self.scope["extensions"] = {
+            ABORT_EXTENSION: {"abort": self._abort},
+            FULL_EXTENSION: {"full": self._full},
+        }
         if self._header_timer is None:
             self._arm_header_timer()
 
@@ -167,6 +170,10 @@ class GatewayProtocol(HttpToolsProtocol):
             self._refuse(
                 ApiError(408, "The request's headers did not arrive in time.", code="header_timeout")
             )
+
+    def _full(self) -> bool:
+        """The write buffer is at its bound: the next send will wait."""
+        return self.flow.write_paused
 
     def _abort(self) -> None:
         """Resets the connection: what the client did not read is dropped."""

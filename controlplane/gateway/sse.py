@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 ABORT_EXTENSION = "deepflow.abort"  # scope["extensions"]: resets the connection, see server.py
 
+FULL_EXTENSION = "deepflow.full"  # whether a send would wait for the client, see server.py
+
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -192,11 +194,23 @@ class StreamResponse(_RunResponse):
         self._started = False
         self._sending = 0
         self._last_sent = 0.0
+        self._full = _always
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        extension = (scope.get("extensions") or {}).get(FULL_EXTENSION)
+        if extension is not None:
+            self._full = extension["full"]
+        await super().__call__(scope, receive, send)
 
     async def _work(self, send: Send) -> None:
+        held = b""  # the last events, where they can go out together with the end
+
         async def emit(index: int, piece: Piece, echo: PromptEcho | None) -> None:
+            nonlocal held
             data = self._frames.piece(index, piece, echo)
-            if data:
+            if piece.finish is not None and self._run.ending:
+                held += data
+            elif data:
                 await self._send(send, data)
 
         await self._pump_all(emit)
@@ -204,7 +218,7 @@ class StreamResponse(_RunResponse):
         if self._run.plan.include_usage:
             tail = self._frames.usage(self._run.usage()) + DONE
         await self._run.settle("done")
-        await self._send(send, tail, last=True)
+        await self._send(send, held + tail, last=True)
 
     async def _start(self, send: Send) -> None:
         if not self._started:
@@ -213,6 +227,12 @@ class StreamResponse(_RunResponse):
 
     async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
         """Whole events only, so that two senders (pieces and comments) cannot break one apart."""
+        if self._started and not self._sending and not self._full():
+            # Nothing to wait for, so no deadline to arm: what nearly every token of a stream does.
+            body = self._run.context.send or send
+            await body({"type": "http.response.body", "body": data, "more_body": not last})
+            self._last_sent = time.perf_counter()
+            return
         self._sending += 1
         try:
             async with asyncio.timeout(self._run.settings.sse_stall_seconds):
@@ -261,6 +281,11 @@ class StreamResponse(_RunResponse):
             await self._send(send, error_frame(error) + DONE, last=True)
         except _SlowClient:
             _abort(scope)
+
+
+def _always() -> bool:
+    """A server that does not tell: every send is given its deadline."""
+    return True
 
 
 def _abort(scope: Scope) -> None:

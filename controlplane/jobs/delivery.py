@@ -7,7 +7,7 @@ max_output_tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from controlplane.jobs.serving import ChoiceDelta, ServingError, TokenLogprobs
 
@@ -47,15 +47,19 @@ class Delivery:
         self._open.discard(index)
         self._wake.set()
 
-    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        while True:
-            while self._ready:
-                index = next(iter(self._ready))
-                yield self._ready.pop(index)
-            if not self._open:
-                return
-            self._wake.clear()
-            await self._wake.wait()
+    async def deltas(self, on_end: Callable[[], None] = lambda: None) -> AsyncIterator[ChoiceDelta]:
+        """`on_end` is called whatever ends the consumption."""
+        try:
+            while True:
+                while self._ready:
+                    index = next(iter(self._ready))
+                    yield self._ready.pop(index)
+                if not self._open:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            on_end()
 
     def _delta(self, index: int) -> ChoiceDelta:
         delta = self._ready.get(index)

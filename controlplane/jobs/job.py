@@ -52,12 +52,8 @@ class Job:
 
     # -- the consumer's side ---------------------------------------------------------------------------
 
-    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        try:
-            async for delta in self.delivery.deltas():
-                yield delta
-        finally:
-            self.cancel("the consumer left")
+    def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        return self.delivery.deltas(lambda: self.cancel("the consumer left"))
 
     def finish_choice(self, index: int) -> None:
         self.choices[index].stop()

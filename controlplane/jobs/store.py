@@ -99,14 +99,14 @@ class JobStore:
         ttl = max(1, int(self._ttl))
         oldest = int((self._clock() - self._ttl) * 1e6)
         pipe = self._redis.pipeline(transaction=False)
-        tenants: set[str] = set()
+        indexes: dict[str, dict[str, int]] = {INDEX: {}}  # one command an index, not one a record
         for record in records:
             pipe.set(JOB_PREFIX + record.job_id, to_bytes(record), ex=ttl)
             score = int(record.created_at * 1e6)
-            pipe.zadd(INDEX, {record.job_id: score})
-            pipe.zadd(TENANT_INDEX_PREFIX + record.tenant, {record.job_id: score})
-            tenants.add(record.tenant)
-        for key in (INDEX, *(TENANT_INDEX_PREFIX + tenant for tenant in sorted(tenants))):
+            for key in (INDEX, TENANT_INDEX_PREFIX + record.tenant):
+                indexes.setdefault(key, {})[record.job_id] = score
+        for key, scores in indexes.items():
+            pipe.zadd(key, scores)
             pipe.zremrangebyscore(key, "-inf", oldest)
             pipe.zremrangebyrank(key, 0, -self._max_indexed - 1)
             pipe.expire(key, ttl)
