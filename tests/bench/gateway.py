@@ -10,7 +10,7 @@
 the difference of the means of the two, alternating in one run; percentiles are never subtracted. Clients
 begin at random moments: a source with steps would hide what does not pass over to the next step.
 
-Peers live in virtual environments FOLDER/dynamo and FOLDER/vllm-router (also $DEEPFLOW_BENCH_PEERS);
+Peers live in virtual environments FOLDER/dynamo and FOLDER/vllm-router (also $DEEPFLOW_PEERS);
 docs/benchmarks.md says how to make them. One that is absent is reported as skipped. Client, source and
 gateway share the cores.
 """
@@ -319,7 +319,7 @@ async def main() -> int:
     parser.add_argument("--soak", action="store_true", help=f"{MANY} streams for {SOAK_SECONDS:.0f} s")
     parser.add_argument("--processes", action="store_true", help="two gateway processes beside one")
     parser.add_argument("--peers", metavar="FOLDER", nargs="?",
-                        const=os.environ.get("DEEPFLOW_BENCH_PEERS", ""),
+                        const=os.environ.get("DEEPFLOW_PEERS", ""),
                         help="virtual environments of Dynamo and vllm-router")  # fmt: skip
     args: argparse.Namespace = parser.parse_args()
     report = common.Report("gateway")
