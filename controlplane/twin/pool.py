@@ -1,9 +1,10 @@
 """KV blocks of a simulated executor, counted: free, held by tasks, or kept as prefixes until they are needed.
 
 The counts of `flowserve.rtc`: a prefix unit is one block or several that are matched together (the traces
-name prefixes in units of 512 tokens); what ends stays cached, the end of a sequence first to go, and least
-recently used entries are evicted when blocks run short. Only units named by a workload can be found again;
-the rest of a sequence takes its place in the queue like any other cached block.
+name prefixes in units of 512 tokens); what ends stays cached, the end of a sequence first to go. When blocks
+run short the least recently used entries are evicted, but one that was used again stays longer than one that
+never was, as `flowserve.rtc.placement` values them. Only units named by a workload can be found again; the
+rest of a sequence takes its place in the queue like any other cached block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from controlplane.twin.task import Task
+
+
+REUSED_STAYS = 0.8
+"""How much longer an entry stays that was used again, in pools of blocks handed out: placement.py's first
+guesses of reuse are 0.9 and 0.1, and what a block is worth halves in a quarter of a pool (log2(9) / 4)."""
 
 
 class Pool:
@@ -32,7 +38,11 @@ class Pool:
         self._unit_blocks = unit_tokens // block_tokens
         self._caches = caches
         self._refs: dict[int, int] = {}  # unit -> tasks that hold it
-        self._idle: OrderedDict[int, int] = OrderedDict()  # units and other entries held by nobody -> blocks
+        # Units and other entries held by nobody -> (blocks, age they are counted as being of); oldest first.
+        self._idle: OrderedDict[int, tuple[int, float]] = OrderedDict()
+        self._idle_again: OrderedDict[int, tuple[int, float]] = OrderedDict()  # those that were used again
+        self._again: set[int] = set()
+        self._age = 0  # blocks handed out
         self._others = -1  # number of the next entry that is no unit
 
     @property
@@ -61,7 +71,9 @@ class Pool:
             return False
         for unit in held:
             if refs[unit] == 0:
-                self.idle_blocks -= self._idle.pop(unit)
+                queue = self._idle_again if unit in self._again else self._idle
+                self.idle_blocks -= queue.pop(unit)[0]
+                self._again.add(unit)
             refs[unit] += 1
         self.take(blocks)
         task.held, task.blocks = held, blocks
@@ -70,13 +82,22 @@ class Pool:
     def take(self, blocks: int) -> None:
         """From what is available, evicting as needed."""
         while blocks > self.free:
-            entry, count = self._idle.popitem(last=False)
+            entry, (count, _) = self._oldest().popitem(last=False)
             self.idle_blocks -= count
             self.free += count
             if entry >= 0:
                 del self._refs[entry]
+                self._again.discard(entry)
                 self.gone.append(entry)
         self.free -= blocks
+        self._age += blocks
+
+    def _oldest(self) -> OrderedDict[int, tuple[int, float]]:
+        """The queue whose head goes first."""
+        if not self._idle or not self._idle_again:
+            return self._idle or self._idle_again
+        plain, again = (next(iter(queue.values()))[1] for queue in (self._idle, self._idle_again))
+        return self._idle if plain <= again else self._idle_again
 
     def own_blocks(self, task: Task, tokens: int) -> int:
         """Blocks beside its shared units that so many of its tokens need."""
@@ -111,7 +132,7 @@ class Pool:
             full = (task.length - 1) // self._block_tokens - len(task.held) * self._unit_blocks
             full = max(0, min(task.blocks, full))
             if full:
-                self._idle[self._others] = full
+                self._idle[self._others] = (full, self._age)
                 self._others -= 1
                 self.idle_blocks += full
                 task.blocks -= full
@@ -120,6 +141,10 @@ class Pool:
         for unit in reversed(task.held):
             self._refs[unit] -= 1
             if self._refs[unit] == 0:
-                self._idle[unit] = self._unit_blocks
+                if unit in self._again:
+                    stays = self._age + REUSED_STAYS * self.total
+                    self._idle_again[unit] = (self._unit_blocks, stays)
+                else:
+                    self._idle[unit] = (self._unit_blocks, self._age)
                 self.idle_blocks += self._unit_blocks
         task.held = []
