@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from controlplane.twin.task import Task
 
-
 REUSED_STAYS = 0.8
 """How much longer an entry stays that was used again, in pools of blocks handed out: placement.py's first
 guesses of reuse are 0.9 and 0.1, and what a block is worth halves in a quarter of a pool (log2(9) / 4)."""
