@@ -8,6 +8,7 @@ Called by the job executor (`controlplane.jobs`) and, for `/deepflow/v1/executor
 | channel  | one bidirectional Tasks stream to one executor: link state, sending, loss           |
 | member   | an executor's record, last load report and what was submitted since                 |
 | view     | `FleetView`: all members together; snapshots for `scheduling`, events for `jobs`     |
+| demand   | what gateways tell whoever scales: activity, held requests, latencies (via Redis)  |
 
 Liveness is the stream; the registry only discovers (house plan, "shared formats").
 """

@@ -19,3 +19,5 @@ PREFIX_BLOCKS = Gauge(
 )
 PREFIX_GAPS = Counter("deepflow_fleet_prefix_gaps_total", "Cache events that showed a gap.")
 CONNECT_SECONDS = Histogram("deepflow_fleet_connect_seconds", "Stream opened until welcome.")
+DEMAND_WRITES = Counter("deepflow_fleet_demand_writes_total", "Reports of demand to Redis.", ["outcome"])
+DEMAND_DROPPED = Counter("deepflow_fleet_demand_dropped_total", "Demand of models beyond the bound.")
