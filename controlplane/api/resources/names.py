@@ -130,3 +130,16 @@ class Reason(StrEnum):
     FETCHING = "Fetching"
     FETCH_FAILED = "FetchFailed"
     NO_NODES = "NoNodes"
+
+
+# -- executors' pods: what the operator writes into them, and network policies and monitors count on
+
+CONTAINER_EXECUTOR = "executor"
+PORT_GRPC = 7400  # tasks, KV handshakes, health: named "grpc"
+PORT_KV = 7401  # KV to other hosts: named "kv"
+PORT_METRICS = 7402  # /metrics: named "metrics"
+CACHE_PATH = "/var/cache/deepflow"  # $DEEPFLOW_CACHE in every pod: models and model cards
+SHARED_PATH = "/run/deepflow"  # writable folder of sockets and endpoint files
+# Environment of the operator: "SECRET/KEY" in the pods' namespace that executors take theirs from.
+ENV_TOKEN_SECRET = "DEEPFLOW_TOKEN_SECRET"  # -> DEEPFLOW_CLUSTER_TOKEN
+ENV_REDIS_SECRET = "DEEPFLOW_REDIS_SECRET"  # -> REDIS_URL
