@@ -78,7 +78,7 @@ def create_app(
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(RequestMiddleware, metric_labels=settings.metric_labels)
+    app.add_middleware(RequestMiddleware, metric_labels=settings.metric_labels, direct=generation.ENDPOINTS)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from controlplane.api.errors import ApiError
 from controlplane.api.openai import UNSUPPORTED
+from controlplane.gateway.connection import connection_of
 from controlplane.gateway.settings import GatewaySettings
 
 M = TypeVar("M", bound=BaseModel)
@@ -53,6 +54,12 @@ async def _read(request: Request, settings: GatewaySettings) -> bytes:
     declared = request.headers.get("content-length")
     if declared is not None and declared.isdecimal() and int(declared[:19]) > bound:
         raise _too_large(bound)
+    connection = connection_of(request.scope)
+    whole = connection.body() if connection is not None else None
+    if whole is not None:
+        if len(whole) > bound:
+            raise _too_large(bound)
+        return whole
     chunks: list[bytes] = []
     size = 0
     try:

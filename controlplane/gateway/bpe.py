@@ -27,6 +27,10 @@ _QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+SPLITS_BEFORE_WORDS = frozenset({_LLAMA3_SPLIT, _QWEN2_SPLIT})
+"""Expressions that begin a piece at every single space between two characters that are not white, and look at
+nothing before it (ByteLevel's own does too)."""
+
 # Names in `tokenizer.ggml.pre` by the pipeline they share.
 _GPT2 = {"gpt-2", "gpt2", "default", "phi-2", "olmo", "jina-v2-code"}
 _DIGITS_GPT2 = {"smollm", "starcoder", "refact", "command-r", "codeshell"}

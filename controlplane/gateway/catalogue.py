@@ -29,6 +29,7 @@ from controlplane.gateway.chat import ChatTemplate
 from controlplane.gateway.detokenize import TokenTable
 from controlplane.gateway.modelcard import CardError, ModelCard, build_card
 from controlplane.gateway.settings import GatewaySettings
+from controlplane.gateway.words import Words
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class ServedModel:
     card: ModelCard
     tokenizer: Tokenizer
     table: TokenTable
+    words: Words
     template: ChatTemplate | None
     context_length: int
     created: int
@@ -182,6 +184,7 @@ class Catalogue:
             card=card,
             tokenizer=tokenizer,
             table=TokenTable(tokenizer, card),
+            words=Words(tokenizer, card.tokenizer_json),
             template=template,
             context_length=length,
             created=created,

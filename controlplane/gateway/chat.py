@@ -1,4 +1,5 @@
-"""Chat templates: messages to the prompt text, in Jinja's sandbox. Runs in a tokenizer thread.
+"""Chat templates: messages to the prompt text, in Jinja's sandbox. Runs in a tokenizer thread, or, where the
+template is plain (`is_plain`) and the conversation short, on the event loop.
 
 A template is part of a model, so it is not trusted: it runs in an immutable sandbox, under a bound of time
 and of size (checked at each piece it yields), and large repetitions are refused. What it raises about the
@@ -22,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from controlplane.api.errors import ApiError, invalid
 from controlplane.api.openai import Message
 from controlplane.gateway.modelcard import CardError, ModelCard
+from controlplane.gateway.plain import is_plain
 
 _MAX_REPEAT = 1 << 20  # ours: characters or items that one `*` in a template may make
 
@@ -67,7 +69,9 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(card.chat_template or "")
+            source = card.chat_template or ""
+            self._template = environment.from_string(source)
+            self.plain = is_plain(environment.parse(source))
         except TemplateSyntaxError as error:
             raise CardError(f"the chat template does not compile: {error}") from error
         self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}

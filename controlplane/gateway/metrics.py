@@ -37,6 +37,10 @@ TOKENS = Counter("deepflow_gateway_tokens_total", "Tokens metered.", ["tenant", 
 IN_FLIGHT = _live_gauge("deepflow_gateway_in_flight", "Generations running.")
 CONNECTIONS = _live_gauge("deepflow_gateway_connections", "Open client connections.")
 TOKENIZER_WAITING = _live_gauge("deepflow_gateway_tokenizer_calls", "Tokenizer calls running or waiting.")
+WORDS = Counter(
+    "deepflow_gateway_tokenizer_words_total", "Words of prompts: known from before, or new.", ["outcome"]
+)
+WORDS_HELD = _live_gauge("deepflow_gateway_tokenizer_words_held", "Words whose token ids are remembered.")
 LIMITED = Counter("deepflow_gateway_limited_total", "Requests refused by a bound.", ["bound"])
 AUTH = Counter("deepflow_gateway_auth_total", "Authentications by outcome.", ["outcome"])
 CUT = Counter("deepflow_gateway_streams_cut_total", "Streams ended before [DONE].", ["reason"])

@@ -1,5 +1,8 @@
 """The outermost layer: request ids, trace context, one access-log line, metrics. Plain ASGI.
 
+Generations are called from here: their routes stand in the router, for the document and for whatever is not
+a plain POST of theirs, but a request need not pass the router and its exit stacks to get there.
+
 Everything inside may assume `scope["deepflow.context"]`. An exception that nothing inside turned into an
 answer becomes a 500 here, in OpenAI's shape; its text stays in the log.
 """
@@ -8,9 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable, Mapping
 
 import orjson
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controlplane.api.errors import ApiError
@@ -20,14 +25,19 @@ from controlplane.gateway.context import SCOPE_KEY, RequestContext, request_id_f
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("deepflow.gateway.access")
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled: logged only when they fail
 
 
 class RequestMiddleware:
-    """Wraps the application."""
+    """Wraps the application. `direct`: endpoints by path, called for a POST without the layers between."""
 
-    def __init__(self, app: ASGIApp, *, metric_labels: int = 200) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metric_labels: int = 200, direct: Mapping[str, Endpoint] | None = None
+    ) -> None:
         self._app = app
+        self._direct = dict(direct or {})
         self._model_label = metrics.LabelCap(metric_labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,9 +73,19 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_ids)
+            endpoint = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
+            if endpoint is None:
+                await self._app(scope, receive, send_with_ids)
+            else:
+                response = await endpoint(Request(scope, receive, send_with_ids))
+                await response(scope, receive, send_with_ids)
         except ClientDisconnect:
             context.status = 499
+        except ApiError as error:
+            if started:
+                raise
+            context.error = error.code or str(error.status)
+            await send_error(error, send_with_ids)
         except Exception:
             # The request's task boundary: nothing above could report this better.
             log.exception("request %s failed", context.request_id)
@@ -83,7 +103,7 @@ class RequestMiddleware:
         metrics.SECONDS.labels(context.route).observe(seconds)
         for stage, took in context.stages.items():
             metrics.STAGE_SECONDS.labels(stage).observe(took)
-        if scope["path"] in _QUIET and status < 400:
+        if (scope["path"] in _QUIET and status < 400) or not access_log.isEnabledFor(logging.INFO):
             return
         client = scope.get("client")
         line: dict[str, object] = {

@@ -13,13 +13,15 @@ from controlplane.api.errors import context_length_exceeded, invalid
 from controlplane.api.openai import ChatCompletionRequest, CompletionRequest, Message, SamplingFields
 from controlplane.gateway.catalogue import ServedModel, require_template
 from controlplane.gateway.settings import GatewaySettings
-from controlplane.gateway.tokenizing import TokenizerPool, encode
+from controlplane.gateway.tokenizing import INLINE_CHARS, TokenizerPool, encode, encode_now
 from controlplane.jobs.serving import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _GREEDY_BELOW = 1e-4  # ours: dividing logits by less overflows fp32; the draw is the argmax anyway
 _SMALLEST_TOP_P = 1e-6  # top_p = 0 means: the most likely token only
 _MASK64 = 2**64 - 1
+INLINE_MESSAGES = 32
+"""Conversations up to this length may be rendered on the event loop (ours: below 100 us)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,7 @@ async def plan_completion(
         raise invalid(f"Prompts times n must not be more than {settings.max_choices}.", "n")
     prompts: list[tuple[list[int], str | None]] = []
     if texts:
-        limit, longest = model.context_length, model.table.longest
-        encoded = await pool.run(
-            lambda: [
-                encode(model.tokenizer, text, special=True, longest=longest, limit=limit) for text in texts
-            ]
-        )
-        prompts = list(zip(encoded, texts, strict=True))
+        prompts = list(zip(await _encode_texts(texts, model, pool), texts, strict=True))
     else:
         for ids in id_lists:
             check_ids(ids, model, "prompt")
@@ -125,20 +121,42 @@ async def render_chat(
     """The ids of a conversation; the template brings the special tokens."""
     template = require_template(model)
     longest, limit = model.table.longest, model.context_length
+    rendered: str | None = None
 
-    def work() -> list[int]:
+    def render() -> str:
         # A text of more characters than the longest tokens could hold cannot fit; stop rendering there.
-        text = template.render(
+        return template.render(
             messages, max_chars=(limit + 1) * longest, add_generation_prompt=add_generation_prompt
         )
-        return encode(
-            model.tokenizer, text, special=special, longest=longest, limit=limit if limited else None
-        )
 
-    ids = await pool.run(work)
+    def work() -> list[int]:
+        text = render() if rendered is None else rendered
+        return encode(model.words, text, special=special, longest=longest, limit=limit if limited else None)
+
+    ids: list[int] | None = None
+    if template.plain and len(messages) <= INLINE_MESSAGES and _chars(messages) <= INLINE_CHARS:
+        rendered = render()
+        # Checked against the context afterwards; a text this short needs no estimate before.
+        ids = encode_now(model.words, rendered, special=special)
+    if ids is None:
+        ids = await pool.run(work)
     if not ids:
         raise invalid("The messages render to an empty prompt.", "messages")
     return ids
+
+
+def _chars(messages: list[Message]) -> int:
+    """Of the contents: what a plain template's work grows with."""
+    return sum(len(message.text) for message in messages)
+
+
+async def _encode_texts(texts: list[str], model: ServedModel, pool: TokenizerPool) -> list[list[int]]:
+    words, limit, longest = model.words, model.context_length, model.table.longest
+    if len(texts) == 1 and (ids := encode_now(words, texts[0], special=True)) is not None:
+        return [ids]
+    return await pool.run(
+        lambda: [encode(words, text, special=True, longest=longest, limit=limit) for text in texts]
+    )
 
 
 def split_prompts(

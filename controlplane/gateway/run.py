@@ -1,15 +1,16 @@
 """One call while it runs: its jobs, its choices, and the one place where all of it ends.
 
-`Run` submits a job a prompt, turns their deltas into pieces, and settles: jobs cancelled that did not end,
-the limiter's slot freed, usage metered, metrics set. Settling happens exactly once, whatever the end was.
+`Run` submits a job a prompt, turns what they have ready into pieces, and settles: jobs cancelled that did not
+end, the limiter's slot freed, usage metered, metrics set. Settling happens once, whatever the end was.
 """
 
 from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from controlplane.api.errors import ApiError
@@ -31,16 +32,18 @@ from controlplane.jobs.serving import (
     TokenLogprobs,
 )
 
-Emit = Callable[[int, Piece, PromptEcho | None], Awaitable[None]]
+Shown = tuple[int, Piece, PromptEcho | None]
+"""What one delta adds to the answer: choice, piece, and the prompt where it is echoed before the piece."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Part:
     """One prompt's share of the run."""
 
     prompt: Prompt
     job: ServingJob | None
     choices: list[Choice]
+    first: int  # index of its first choice
     cached_tokens: int = 0
     touched: bool = False  # an executor has answered: the prompt is metered
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -48,7 +51,7 @@ class _Part:
 
 
 class Run:
-    """Create, `submit`, `pump` every prompt, `settle`."""
+    """Create, `submit`, `listen`, `take` until `ended`, `settle`."""
 
     def __init__(
         self,
@@ -68,11 +71,8 @@ class Run:
         self._lease = lease
         self._meter = meter
         self._parts: list[_Part] = []
+        self._ready: list[_Part] = []  # parts with something to take
         self._settled = False
-
-    @property
-    def prompts(self) -> range:
-        return range(len(self._parts))
 
     def submit(self, executor: ServingExecutor) -> None:
         """Raises ApiError; what was submitted before is cancelled by `settle`."""
@@ -97,7 +97,7 @@ class Run:
                 )
                 for _ in range(plan.n)
             ]
-            self._parts.append(_Part(prompt, job, choices))
+            self._parts.append(_Part(prompt, job, choices, len(self._parts) * plan.n))
         if self.context.job_id:
             self.context.response_headers.append((b"x-deepflow-job", self.context.job_id.encode()))
 
@@ -122,23 +122,49 @@ class Run:
             key_id=self._principal.key_id,
         )
 
-    async def pump(self, position: int, emit: Emit) -> None:
-        """Feeds prompt `position`'s deltas through its choices until all have ended. Raises ApiError."""
-        part = self._parts[position]
-        first = position * self.plan.n
-        if part.job is None:
-            for index in range(self.plan.n):
-                await emit(first + index, Piece(finish="length"), self._echo(part, index))
-            return
-        async for delta in part.job.deltas():
-            if delta.error is not None or delta.finish in ("error", "cancelled"):
-                raise _delta_error(delta)
-            piece = self._take(part, delta)
-            if piece is None:
+    def listen(self, wake: Callable[[], None]) -> None:
+        """`wake` whenever there is something to take."""
+
+        def ready(part: _Part) -> None:
+            if part not in self._ready:
+                self._ready.append(part)
+            wake()
+
+        for part in self._parts:
+            if part.job is None:
+                ready(part)
+            else:
+                part.job.listen(partial(ready, part))
+
+    def take(self) -> list[Shown]:
+        """What is ready, in order. Raises ApiError where a job has failed."""
+        shown: list[Shown] = []
+        ready, self._ready = self._ready, []
+        for part in ready:
+            if part.job is None:
+                for choice in part.choices:
+                    choice.finish = "length"
+                for index in range(self.plan.n):
+                    shown.append((part.first + index, Piece(finish="length"), self._echo(part, index)))
                 continue
-            await emit(first + delta.index, piece, self._echo(part, delta.index))
-        if any(choice.finish is None for choice in part.choices):
-            raise ApiError(500, "The answer ended before it was complete.", code="internal_error")
+            for delta in part.job.take():
+                if delta.error is not None or delta.finish in ("error", "cancelled"):
+                    raise _delta_error(delta)
+                piece = self._take(part, delta)
+                if piece is not None:
+                    shown.append((part.first + delta.index, piece, self._echo(part, delta.index)))
+            if part.job.ended and any(choice.finish is None for choice in part.choices):
+                raise ApiError(500, "The answer ended before it was complete.", code="internal_error")
+        return shown
+
+    @property
+    def ended(self) -> bool:
+        """Every choice has its last piece."""
+        for part in self._parts:
+            for choice in part.choices:
+                if choice.finish is None:
+                    return False
+        return True
 
     def _take(self, part: _Part, delta: ChoiceDelta) -> Piece | None:
         choice = part.choices[delta.index]
@@ -192,12 +218,9 @@ class Run:
         )
 
     @property
-    def ending(self) -> bool:
-        """Every choice has its last piece, and settling will wait for nobody: the answer's end can travel
-        with that piece."""
-        if self._lease.waits:
-            return False
-        return all(choice.finish is not None for part in self._parts for choice in part.choices)
+    def settles_at_once(self) -> bool:
+        """Settling will wait for nobody: the answer's end can travel with its last piece."""
+        return not self._lease.waits
 
     def cancel(self, reason: str) -> None:
         """Stops every job now; does not wait."""

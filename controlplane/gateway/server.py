@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from controlplane.api.errors import ApiError
 from controlplane.gateway import metrics
+from controlplane.gateway.connection import EXTENSION
 from controlplane.gateway.settings import GatewaySettings
-from controlplane.gateway.sse import ABORT_EXTENSION, FULL_EXTENSION
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_headers = True
         self._discarded = 0
+        self.watching: list[_RequestConnection] = []  # requests that are told when the client leaves
         self._discard_timer: asyncio.TimerHandle | None = None
         self._header_timer: asyncio.TimerHandle | None = None
         self.transport.set_write_buffer_limits(high=self.settings.sse_buffer_bytes)
@@ -56,6 +57,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self._stop_header_timer()
         self._stop_discard_timer()
         super().connection_lost(exc)
+        watching, self.watching = self.watching, []
+        for connection in watching:
+            connection.lost()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing() or self.parser is None:
@@ -73,10 +77,6 @@ class GatewayProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._header_count = 0
         self._discarded = 0
-        self.scope["extensions"] = {
-            ABORT_EXTENSION: {"abort": self._abort},
-            FULL_EXTENSION: {"full": self._full},
-        }
         if self._header_timer is None:
             self._arm_header_timer()
 
@@ -95,6 +95,9 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         super().on_headers_complete()
+        # Its task runs in a later turn of the loop, and finds this there.
+        extensions: dict[str, Any] = {EXTENSION: _RequestConnection(self, self.cycle)}
+        self.scope["extensions"] = extensions
 
     def on_body(self, body: bytes) -> None:
         if self.transport.is_closing():
@@ -123,6 +126,10 @@ class GatewayProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
+
+    def on_response_complete(self) -> None:
+        self.watching = [connection for connection in self.watching if not connection.cycle.response_complete]
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg, code="invalid_http_request"))
@@ -171,13 +178,52 @@ class GatewayProtocol(HttpToolsProtocol):
                 ApiError(408, "The request's headers did not arrive in time.", code="header_timeout")
             )
 
-    def _full(self) -> bool:
-        """The write buffer is at its bound: the next send will wait."""
-        return self.flow.write_paused
 
-    def _abort(self) -> None:
-        """Resets the connection: what the client did not read is dropped."""
-        self.transport.abort()
+class _RequestConnection:
+    """`controlplane.gateway.connection.Connection` of one request (uvicorn: one cycle)."""
+
+    __slots__ = ("_gone", "_protocol", "cycle")
+
+    def __init__(self, protocol: GatewayProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._gone: Callable[[], None] | None = None
+        self.cycle = cycle
+
+    def body(self) -> bytes | None:
+        cycle = self.cycle
+        if cycle.more_body or cycle.waiting_for_100_continue or cycle.disconnected:
+            return None
+        data = bytes(cycle.body)
+        cycle.body = bytearray()
+        cycle.message_event.clear()
+        self._protocol.flow.resume_reading()
+        return data
+
+    def full(self) -> bool:
+        return self._protocol.flow.write_paused
+
+    def write(self, data: bytes) -> None:
+        cycle = self.cycle
+        if cycle.disconnected or self._protocol.transport.is_closing():
+            return
+        assert cycle.chunked_encoding, "the answer's start was sent, without a length"
+        self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        if self.cycle.disconnected or self._protocol.transport.is_closing():
+            callback()
+            return
+        self._gone = callback
+        self._protocol.watching.append(self)
+
+    def lost(self) -> None:
+        gone, self._gone = self._gone, None
+        if gone is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # uvicorn tells the last request of a connection alone
+            gone()
+
+    def abort(self) -> None:
+        self._protocol.transport.abort()
 
 
 class GatewayServer(uvicorn.Server):

@@ -2,8 +2,8 @@
 
 A stream's life: the 200 is held back for a moment (`peek_seconds`) so that an early error keeps its real
 status; then pieces go out as they come, comments fill silences (from the headers on, so before the first
-token too), an error after the headers travels in-band, `[DONE]` ends it. A watcher awaits the client's
-disconnect all along and cancels the jobs in the same turn of the loop.
+token too), an error after the headers travels in-band, `[DONE]` ends it. The connection tells of the client's
+disconnect, and the jobs are cancelled in the same turn of the loop.
 
 A slow client: the server's write buffer is bounded (`sse_buffer_bytes`, set in `server.py`); when it is
 full, sending waits, and tokens gather in the job as ids, bounded by what may be made. A client whose buffer
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -23,16 +23,13 @@ from starlette.types import Receive, Scope, Send
 
 from controlplane.api.errors import ApiError
 from controlplane.gateway import metrics
-from controlplane.gateway.answer import Entry, Piece
+from controlplane.gateway.answer import Entry
+from controlplane.gateway.connection import Connection, connection_of
 from controlplane.gateway.frames import DONE, KEEP_ALIVE, Frames, PromptEcho, Whole, error_frame, whole
 from controlplane.gateway.middleware import send_error
 from controlplane.gateway.run import Run
 
 log = logging.getLogger(__name__)
-
-ABORT_EXTENSION = "deepflow.abort"  # scope["extensions"]: resets the connection, see server.py
-
-FULL_EXTENSION = "deepflow.full"  # whether a send would wait for the client, see server.py
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -46,7 +43,8 @@ class _SlowClient(Exception):
 
 
 class _RunResponse(Response):
-    """Runs `_work` beside a watcher of the client's disconnect, under the run's deadline."""
+    """Runs `_work`, under the run's deadline, until it ends or the client leaves. One task a request: it
+    sleeps in `_wait` until a job has something (`_wake`)."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -54,6 +52,9 @@ class _RunResponse(Response):
         self._gone = False
         self._slow = False
         self._ended = False
+        self._woken = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._connection: Connection | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.current_task()
@@ -66,9 +67,15 @@ class _RunResponse(Response):
                 work.cancel()
 
         reason = "failed"
-        watcher = asyncio.create_task(self._watch(receive, send, leave))
+        watcher = None
+        self._connection = connection_of(scope)
         try:
             async with asyncio.timeout(self._run.deadline - time.perf_counter()):
+                if self._connection is not None:
+                    self._connection.on_lost(leave)
+                else:
+                    watcher = asyncio.create_task(_watch(receive, leave))
+                self._run.listen(self._wake)
                 await self._work(send)
             self._ended = True
             reason = "done"
@@ -76,34 +83,44 @@ class _RunResponse(Response):
             if not self._gone:
                 reason = "gateway shuts down"
                 self._run.cancel(reason)
-                await self._fail(
-                    ApiError(503, "The server is shutting down.", code="shutting_down"), scope, send
-                )
+                await self._fail(ApiError(503, "The server is shutting down.", code="shutting_down"), send)
                 raise
             work.uncancel()
-            reason = self._left(scope)
+            reason = self._left()
         except _SlowClient:
             self._slow = True
-            reason = self._left(scope)
+            reason = self._left()
         except TimeoutError:
             self._run.cancel("deadline exceeded")
-            await self._fail(
-                ApiError(504, "The request's deadline has passed.", code="deadline_exceeded"), scope, send
-            )
+            error = ApiError(504, "The request's deadline has passed.", code="deadline_exceeded")
+            await self._fail(error, send)
         except ApiError as error:
             self._run.cancel("failed")
-            await self._fail(error, scope, send)
+            await self._fail(error, send)
         except Exception:
             # A fault of ours, at the boundary of the request's task: jobs end and the client is told.
             log.exception("request %s failed", self._run.context.request_id)
             self._run.cancel(reason)
-            await self._fail(ApiError(500, "The server had an error.", code="internal_error"), scope, send)
+            await self._fail(ApiError(500, "The server had an error.", code="internal_error"), send)
         finally:
             self._ended = True
-            watcher.cancel()
+            if watcher is not None:
+                watcher.cancel()
             await self._settle(work, reason)
             if self._slow:
                 await asyncio.sleep(0)  # the server learns of the reset before it looks for the answer's end
+
+    def _wake(self) -> None:
+        self._woken = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        """Until `_wake` was called, since the last time here."""
+        if not self._woken:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._woken = False
 
     async def _settle(self, work: asyncio.Task[Any], reason: str) -> None:
         try:
@@ -114,7 +131,7 @@ class _RunResponse(Response):
                 raise
             work.uncancel()
 
-    def _left(self, scope: Scope) -> str:
+    def _left(self) -> str:
         """The client left, or is cut because it does not read. Nothing more can be told to it."""
         context = self._run.context
         context.status = 499
@@ -122,7 +139,8 @@ class _RunResponse(Response):
         if self._slow:
             reason = "client too slow"
             context.error = "slow_client"
-            _abort(scope)
+            if self._connection is not None:
+                self._connection.abort()
         self._run.cancel(reason)
         metrics.CUT.labels("slow_client" if self._slow else "disconnect").inc()
         return reason
@@ -130,56 +148,43 @@ class _RunResponse(Response):
     async def _work(self, send: Send) -> None:
         raise NotImplementedError
 
-    async def _watch(self, receive: Receive, send: Send, leave: Callable[[], None]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        leave()
-
-    async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
+    async def _fail(self, error: ApiError, send: Send) -> None:
         self._run.context.error = error.code or str(error.status)
         await send_error(error, send)
 
-    async def _pump_all(
-        self, emit: Callable[[int, Piece, PromptEcho | None], Coroutine[Any, Any, None]]
-    ) -> None:
-        run = self._run
-        if len(run.prompts) == 1:
-            await run.pump(0, emit)
-            return
-        try:
-            async with asyncio.TaskGroup() as group:
-                for position in run.prompts:
-                    group.create_task(run.pump(position, emit))
-        except BaseExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
+
+async def _watch(receive: Receive, leave: Callable[[], None]) -> None:
+    """Under a server without `Connection`: a task that awaits the disconnect all along."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    leave()
 
 
 class WholeResponse(_RunResponse):
     """Collects every choice, then answers once."""
 
     async def _work(self, send: Send) -> None:
-        plan = self._run.plan
+        run, plan = self._run, self._run.plan
         count = len(plan.prompts) * plan.n
         texts: list[list[str]] = [[] for _ in range(count)]
         entries: list[list[Entry]] = [[] for _ in range(count)]
         finishes = ["stop"] * count
         echoes: list[PromptEcho | None] = [None] * count
-
-        async def emit(index: int, piece: Piece, echo: PromptEcho | None) -> None:
-            texts[index].append(piece.text)
-            entries[index].extend(piece.entries)
-            if piece.finish is not None:
-                finishes[index] = piece.finish
-            if echo is not None:
-                echoes[index] = echo
-
-        await self._pump_all(emit)
+        while not run.ended:
+            await self._wait()
+            for index, piece, echo in run.take():
+                texts[index].append(piece.text)
+                entries[index].extend(piece.entries)
+                if piece.finish is not None:
+                    finishes[index] = piece.finish
+                if echo is not None:
+                    echoes[index] = echo
         parts = [
             Whole("".join(texts[index]), entries[index], finishes[index], echoes[index])
             for index in range(count)
         ]
-        body = whole(plan, parts, self._run.usage())
-        await self._run.settle("done")
+        body = whole(plan, parts, run.usage())
+        await run.settle("done")
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -192,103 +197,88 @@ class StreamResponse(_RunResponse):
         super().__init__(run)
         self._frames = Frames(run.plan)
         self._started = False
-        self._sending = 0
+        self._silent = False  # for so long that a comment is due
         self._last_sent = 0.0
-        self._full = _always
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        extension = (scope.get("extensions") or {}).get(FULL_EXTENSION)
-        if extension is not None:
-            self._full = extension["full"]
-        await super().__call__(scope, receive, send)
+        self._timer: asyncio.TimerHandle | None = None
 
     async def _work(self, send: Send) -> None:
-        held = b""  # the last events, where they can go out together with the end
-
-        async def emit(index: int, piece: Piece, echo: PromptEcho | None) -> None:
-            nonlocal held
-            data = self._frames.piece(index, piece, echo)
-            if piece.finish is not None and self._run.ending:
-                held += data
-            elif data:
+        run, frames = self._run, self._frames
+        # The first comment ends the peek: until then an error keeps its own status.
+        self._arm(run.settings.peek_seconds)
+        data = b""
+        while not run.ended:
+            await self._wait()
+            data = b"".join([frames.piece(*shown) for shown in run.take()])
+            if run.ended:
+                break
+            if not data and self._silent:
+                data = KEEP_ALIVE
+                metrics.KEEPALIVES.inc()
+            if data:
                 await self._send(send, data)
+            if self._silent:
+                self._silent = False
+                self._arm(run.settings.sse_keepalive_seconds)
+        if data and not run.settles_at_once:
+            await self._send(send, data)
+            data = b""
+        usage = frames.usage(run.usage()) if run.plan.include_usage else b""
+        await run.settle("done")
+        await self._send(send, data + usage + DONE, last=True)
 
-        await self._pump_all(emit)
-        tail = DONE
-        if self._run.plan.include_usage:
-            tail = self._frames.usage(self._run.usage()) + DONE
-        await self._run.settle("done")
-        await self._send(send, held + tail, last=True)
+    async def _settle(self, work: asyncio.Task[Any], reason: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await super()._settle(work, reason)
 
-    async def _start(self, send: Send) -> None:
-        if not self._started:
-            self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)})
+    def _arm(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Was anything sent of late? One timer a silence, not one a token."""
+        left = self._run.settings.sse_keepalive_seconds - (time.perf_counter() - self._last_sent)
+        if self._started and left > 0:
+            self._arm(left)
+        else:
+            self._silent = True
+            self._wake()
 
     async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
-        """Whole events only, so that two senders (pieces and comments) cannot break one apart."""
-        if self._started and not self._sending and not self._full():
+        """Whole events. An answer's start goes through the layers above, which add to it; a body does not."""
+        connection = self._connection
+        if connection is not None and not connection.full():
             # Nothing to wait for, so no deadline to arm: what nearly every token of a stream does.
-            body = self._run.context.send or send
-            await body({"type": "http.response.body", "body": data, "more_body": not last})
+            if not self._started:
+                await self._start(send)
+            if last:
+                await (self._run.context.send or send)(
+                    {"type": "http.response.body", "body": data, "more_body": False}
+                )
+            else:
+                connection.write(data)
             self._last_sent = time.perf_counter()
             return
-        self._sending += 1
         try:
             async with asyncio.timeout(self._run.settings.sse_stall_seconds):
-                await self._start(send)
+                if not self._started:
+                    await self._start(send)
                 await send({"type": "http.response.body", "body": data, "more_body": not last})
         except TimeoutError:
             raise _SlowClient from None
-        finally:
-            self._sending -= 1
-            self._last_sent = time.perf_counter()
+        self._last_sent = time.perf_counter()
 
-    async def _watch(self, receive: Receive, send: Send, leave: Callable[[], None]) -> None:
-        """Also sends the comments: it is the task that has nothing else to do."""
-        settings = self._run.settings
-        wait = settings.peek_seconds
-        while True:
-            try:
-                async with asyncio.timeout(wait):
-                    if (await receive())["type"] == "http.disconnect":
-                        leave()
-                        return
-                    continue
-            except TimeoutError:
-                pass
-            silence = time.perf_counter() - self._last_sent
-            if self._sending or (self._started and silence < settings.sse_keepalive_seconds):
-                # Something is on its way already, or was a moment ago.
-                wait = settings.sse_keepalive_seconds - (0 if self._sending else silence)
-                continue
-            try:
-                await self._send(send, KEEP_ALIVE)
-            except _SlowClient:
-                self._slow = True
-                leave()
-                return
-            metrics.KEEPALIVES.inc()
-            wait = settings.sse_keepalive_seconds
+    async def _start(self, send: Send) -> None:
+        self._started = True
+        await send({"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)})
 
-    async def _fail(self, error: ApiError, scope: Scope, send: Send) -> None:
+    async def _fail(self, error: ApiError, send: Send) -> None:
         if not self._started:
-            await super()._fail(error, scope, send)
+            await super()._fail(error, send)
             return
         self._run.context.error = error.code or str(error.status)
         metrics.CUT.labels("error").inc()
         try:
             await self._send(send, error_frame(error) + DONE, last=True)
         except _SlowClient:
-            _abort(scope)
-
-
-def _always() -> bool:
-    """A server that does not tell: every send is given its deadline."""
-    return True
-
-
-def _abort(scope: Scope) -> None:
-    extension = (scope.get("extensions") or {}).get(ABORT_EXTENSION)
-    if extension is not None:
-        extension["abort"]()
+            if self._connection is not None:
+                self._connection.abort()

@@ -1,4 +1,4 @@
-"""From executors' events to the one consumer of a job: deltas merged per choice, one wake-up per event.
+"""From executors' events to the one consumer of a job: deltas merged per choice, a call when there are some.
 
 Bounded without blocking anyone: a slow consumer finds one merged delta a choice, whose tokens are at most
 max_output_tokens.
@@ -12,11 +12,33 @@ from collections.abc import AsyncIterator, Callable
 from controlplane.jobs.serving import ChoiceDelta, ServingError, TokenLogprobs
 
 
+def _nobody() -> None:
+    """Nobody listens."""
+
+
 class Delivery:
     def __init__(self, choices: int) -> None:
         self._open = set(range(choices))
         self._ready: dict[int, ChoiceDelta] = {}
-        self._wake = asyncio.Event()
+        self._wake: Callable[[], None] = _nobody
+
+    @property
+    def ended(self) -> bool:
+        """Every choice was closed, and everything was taken."""
+        return not self._open and not self._ready
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """`wake` is called whenever something is ready, now if something is. It must not block or raise."""
+        self._wake = wake
+        if self._ready or not self._open:
+            wake()
+
+    def take(self) -> list[ChoiceDelta]:
+        """What is ready: one delta a choice at most."""
+        if not self._ready:
+            return []
+        ready, self._ready = self._ready, {}
+        return list(ready.values())
 
     def push(
         self,
@@ -36,7 +58,7 @@ class Delivery:
             delta.cached_tokens = cached_tokens
         if prompt_logprobs is not None:
             delta.prompt_logprobs = prompt_logprobs
-        self._wake.set()
+        self._wake()
 
     def close(self, index: int, finish: str, error: ServingError | None = None) -> None:
         """The choice's last delta; later calls for it do nothing."""
@@ -45,10 +67,12 @@ class Delivery:
         delta = self._delta(index)
         delta.finish, delta.error = finish, error
         self._open.discard(index)
-        self._wake.set()
+        self._wake()
 
-    async def deltas(self, on_end: Callable[[], None] = lambda: None) -> AsyncIterator[ChoiceDelta]:
-        """`on_end` is called whatever ends the consumption."""
+    async def deltas(self, on_end: Callable[[], None] = _nobody) -> AsyncIterator[ChoiceDelta]:
+        """The same for a consumer that only iterates. `on_end` is called whatever ends the consumption."""
+        woken = asyncio.Event()
+        self.listen(woken.set)
         try:
             while True:
                 while self._ready:
@@ -56,8 +80,8 @@ class Delivery:
                     yield self._ready.pop(index)
                 if not self._open:
                     return
-                self._wake.clear()
-                await self._wake.wait()
+                woken.clear()
+                await woken.wait()
         finally:
             on_end()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from controlplane.jobs import metrics
@@ -54,6 +54,16 @@ class Job:
 
     def deltas(self) -> AsyncIterator[ChoiceDelta]:
         return self.delivery.deltas(lambda: self.cancel("the consumer left"))
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self.delivery.listen(wake)
+
+    def take(self) -> list[ChoiceDelta]:
+        return self.delivery.take()
+
+    @property
+    def ended(self) -> bool:
+        return self.delivery.ended
 
     def finish_choice(self, index: int) -> None:
         self.choices[index].stop()

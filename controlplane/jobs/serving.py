@@ -6,7 +6,7 @@ request, places them and replays them. Only token ids cross this border.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -95,16 +95,28 @@ class ServingError(Exception):
 
 
 class ServingJob(Protocol):
-    """A running job. Always end it: exhaust `deltas()` or call `cancel`."""
+    """A running job. Always end it: take everything, exhaust `deltas()` or call `cancel`. One consumer;
+    buffering is bounded by max_output_tokens * n."""
 
     @property
     def job_id(self) -> str: ...
 
-    def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Deltas of all choices, merged: what one wake-up finds is one delta per choice at most.
+    def listen(self, wake: Callable[[], None]) -> None:
+        """`wake` is called on the event loop whenever there is something to take (now, if there is). It must
+        not block or raise. Several calls may stand for one delta, and one for several."""
+        ...
 
-        Ends after every choice finished. One consumer; buffering is bounded by max_output_tokens * n.
-        """
+    def take(self) -> list[ChoiceDelta]:
+        """What is ready of all choices: one merged delta a choice at most."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Every choice has finished, and all deltas were taken."""
+        ...
+
+    def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """The same for a consumer that only iterates; leaving the iteration cancels the job."""
         ...
 
     def finish_choice(self, index: int) -> None:

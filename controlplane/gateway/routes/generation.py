@@ -71,3 +71,7 @@ async def _answer(request: Request, gateway: Gateway, principal: Principal, plan
         raise
     context.stage("submit")
     return StreamResponse(run) if plan.stream else WholeResponse(run)
+
+
+ENDPOINTS = {"/v1/chat/completions": create_chat_completion, "/v1/completions": create_completion}
+"""The hot routes, for `middleware.py`."""

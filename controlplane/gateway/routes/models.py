@@ -79,7 +79,7 @@ async def tokenize(request: Request) -> Response:
         text, special = body.prompt or "", body.add_special_tokens is not False
         longest = model.table.longest
         ids = await gateway.pool.run(
-            lambda: encode(model.tokenizer, text, special=special, longest=longest, limit=None)
+            lambda: encode(model.words, text, special=special, longest=longest, limit=None)
         )
     shown = [token_text(model.table.raw(token), prefixed=False) for token in ids]
     return _json(

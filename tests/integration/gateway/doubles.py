@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controlplane.gateway.settings import GatewaySettings
+from controlplane.jobs.delivery import Delivery
 from controlplane.jobs.serving import ChoiceDelta, ServingError, ServingRequest, TokenLogprobs
 
 
@@ -23,7 +24,33 @@ class EchoJob:
     cancelled: str | None = None
     finished: set[int] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: bool = False
+    over: bool = False
+    delivery: Delivery = field(default_factory=lambda: Delivery(1))
+    feeding: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.delivery = Delivery(self.request.n)
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self.delivery.listen(wake)
+        self.feeding = asyncio.create_task(self._feed())
+
+    def take(self) -> list[ChoiceDelta]:
+        return self.delivery.take()
+
+    @property
+    def ended(self) -> bool:
+        return self.delivery.ended
+
+    async def _feed(self) -> None:
+        async for delta in self.deltas():
+            self.delivery.push(
+                delta.index, delta.tokens, delta.logprobs, delta.cached_tokens, delta.prompt_logprobs
+            )
+            if delta.finish is not None:
+                self.delivery.close(delta.index, delta.finish, delta.error)
+            # Each delta alone, as executors' steps come.
+            await asyncio.sleep(0)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         executor, request = self.executor, self.request
@@ -51,7 +78,7 @@ class EchoJob:
                 await self._sleep(executor.delay)
                 if self.cancelled is not None:
                     return
-        self.ended = True
+        self.over = True
 
     def _delta(self, index: int, output: list[int], position: int, chunk: int, live: set[int]) -> ChoiceDelta:
         request = self.request
@@ -84,7 +111,8 @@ class EchoJob:
         self.finished.add(index)
 
     def cancel(self, reason: str) -> None:
-        if self.cancelled is None and not self.ended:
+        ended = self.over if self.feeding is None else self.ended
+        if self.cancelled is None and not ended:
             self.cancelled = reason
             self.wake.set()
 

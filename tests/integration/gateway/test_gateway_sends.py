@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from controlplane.gateway import sse
+from controlplane.gateway.connection import EXTENSION
 from controlplane.gateway.keys import KeyLimits
 from tests.integration.gateway.conftest import MODEL, Stack, StartStack
 
@@ -21,9 +22,34 @@ def body(**fields: object) -> bytes:
     return orjson.dumps({"model": MODEL, "messages": messages, "stream": True, "max_tokens": 4, **fields})
 
 
-async def ask(stack: Stack, data: bytes, *, extensions: dict[str, Any] | None = None) -> list[Message]:
+class Told:
+    """A connection (`controlplane.gateway.connection`) that keeps what is written to it."""
+
+    def __init__(self, sent: list[Message]) -> None:
+        self.sent = sent
+        self.is_full = False
+        self.aborted = False
+
+    def body(self) -> bytes | None:
+        return None
+
+    def full(self) -> bool:
+        return self.is_full
+
+    def write(self, data: bytes) -> None:
+        self.sent.append({"type": "http.response.body", "body": data, "more_body": True})
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        self.leave = callback
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def ask(stack: Stack, data: bytes, *, told: bool = True) -> list[Message]:
     """The messages that the application sends to its server, one request."""
     sent: list[Message] = []
+    extensions = {EXTENSION: Told(sent)} if told else {}
     given = False
 
     async def receive() -> Message:
@@ -41,7 +67,7 @@ async def ask(stack: Stack, data: bytes, *, extensions: dict[str, Any] | None = 
     scope: dict[str, Any] = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": PATH,
         "raw_path": PATH.encode(), "root_path": "", "scheme": "http", "query_string": b"", "headers": headers,
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", stack.port), "extensions": extensions or {},
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", stack.port), "extensions": extensions,
     }  # fmt: skip
     async with asyncio.timeout(10):
         await stack.app(scope, receive, send)
@@ -54,7 +80,7 @@ def bodies(sent: list[Message]) -> list[bytes]:
 
 async def test_each_step_is_one_message_and_the_last_one_carries_the_end(stack: Stack) -> None:
     stack.executor.script = lambda request, index: [500, 600, 700, 800, 900]
-    sent = await ask(stack, body(), extensions={sse.FULL_EXTENSION: {"full": lambda: False}})
+    sent = await ask(stack, body())
     assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * 4
     assert dict(sent[0]["headers"])[b"x-request-id"] == b"mine", "the start went through the layers"
     parts = bodies(sent)
@@ -64,8 +90,8 @@ async def test_each_step_is_one_message_and_the_last_one_carries_the_end(stack: 
 
 async def test_server_that_does_not_tell_of_its_buffer_gets_the_same_bytes(stack: Stack) -> None:
     stack.executor.script = lambda request, index: [500, 600, 700, 800, 900]
-    told = await ask(stack, body(seed=1), extensions={sse.FULL_EXTENSION: {"full": lambda: False}})
-    untold = await ask(stack, body(seed=1))
+    told = await ask(stack, body(seed=1))
+    untold = await ask(stack, body(seed=1), told=False)
 
     def texts(sent: list[Message]) -> list[Any]:
         events = [line[6:] for line in b"".join(bodies(sent)).splitlines() if line.startswith(b"data: {")]
@@ -77,26 +103,23 @@ async def test_server_that_does_not_tell_of_its_buffer_gets_the_same_bytes(stack
 async def test_sends_into_a_full_buffer_are_given_a_deadline(start: StartStack) -> None:
     stack = await start(sse_stall_seconds=0.2)
     stack.executor.script = lambda request, index: [500] * 50
-    aborted = asyncio.Event()
-    full = False
+    connections: list[Told] = []
 
     async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
         async def blocked(message: Message) -> None:
-            nonlocal full
-            if full:
+            if connection.is_full:
                 await asyncio.Event().wait()
-            full = message["type"] == "http.response.body"  # after the first event nothing is read
+            await send(message)
+            connection.is_full = True  # after the first message nothing is read
 
-        scope["extensions"] = {
-            sse.FULL_EXTENSION: {"full": lambda: full},
-            sse.ABORT_EXTENSION: {"abort": aborted.set},
-        }
+        connection: Told = scope["extensions"][EXTENSION]
+        connections.append(connection)
         await app(scope, receive, blocked)
 
     app = stack.app
     stack.app = stuck  # type: ignore[assignment]  # an ASGI application in front of the FastAPI one
     await ask(stack, body(max_tokens=50))
-    assert aborted.is_set()
+    assert connections[0].aborted
     assert stack.executor.jobs[0].cancelled == "client too slow"
     stack.app = app
     assert stack.gateway.limiter.in_flight == 0
@@ -116,14 +139,14 @@ async def test_last_token_does_not_wait_for_a_limited_key_to_be_released(
         return lease
 
     monkeypatch.setattr(limiter, "admit", limited)
-    sent = await ask(stack, body(), extensions={sse.FULL_EXTENSION: {"full": lambda: False}})
+    sent = await ask(stack, body())
     assert [part.count(b"data: ") for part in bodies(sent)] == [2, 1, 1, 2, 1]
 
 
 async def test_error_after_the_headers_is_in_band_past_the_layers_too(stack: Stack) -> None:
     stack.executor.script = lambda request, index: [500] * 50
     stack.executor.fail_after = 2
-    sent = await ask(stack, body(max_tokens=50), extensions={sse.FULL_EXTENSION: {"full": lambda: False}})
+    sent = await ask(stack, body(max_tokens=50))
     last = bodies(sent)[-1]
     assert b'data: {"error"' in last and last.endswith(b"data: [DONE]\n\n")
     assert sent[0]["status"] == 200

@@ -76,3 +76,34 @@ def test_messages_are_given_as_templates_know_them() -> None:
         '[{"role": "system", "content": "rules"}, {"role": "assistant", "content": ""}, '
         '{"role": "user", "content": "a", "name": "bob"}]'
     )
+
+
+CHATML = """{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{% for m in messages %}
+{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' }}
+{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "plain"),
+    [
+        (CHATML, True),
+        (
+            "{% set ns = namespace(seen=false) %}{% for m in messages %}{% set ns.seen = true %}{% endfor %}",
+            True,
+        ),
+        ("{% for m in messages %}{% set text = 'a' + m.content %}{{ text }}{% endfor %}", True),
+        ("{% for i in range(9) %}{% endfor %}", False),
+        ("{% for a in messages %}{% for b in messages %}{% endfor %}{% endfor %}", False),
+        ("{% for a in messages %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", False),
+        ("{% for a in messages %}{% set b = c + c %}{% set c = b + b %}{% endfor %}", False),
+        ("{{ 'a' * 9 }}", False),
+        ("{{ 2 ** 9 }}", False),
+        ("{{ '%99999999d' % 1 }}", False),
+        ("{{ 'a' | center(99999999) }}", False),
+        ("{{ 'a'.ljust(99999999) }}", False),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", False),
+        ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", False),
+    ],
+)
+def test_what_cannot_be_slow_is_told_from_its_syntax(template: str, plain: bool) -> None:
+    assert ChatTemplate(card(template), seconds=2).plain is plain

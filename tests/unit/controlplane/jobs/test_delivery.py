@@ -28,3 +28,20 @@ async def test_a_waiting_consumer_is_woken() -> None:
     await asyncio.sleep(0)
     delivery.push(0, [1], None)
     assert (await reading).tokens == [1]
+
+
+def test_a_listener_is_told_and_takes_what_is_ready() -> None:
+    delivery = Delivery(2)
+    told: list[int] = []
+    delivery.push(1, [7], None)
+    delivery.listen(lambda: told.append(len(told)))
+    assert told == [0], "of what was ready before"
+    delivery.push(0, [1], None)
+    delivery.push(1, [8], None)
+    assert [(d.index, d.tokens) for d in delivery.take()] == [(1, [7, 8]), (0, [1])]
+    assert delivery.take() == [] and not delivery.ended
+    delivery.close(0, "stop")
+    delivery.close(1, "length")
+    assert not delivery.ended, "the last deltas are still to be taken"
+    assert [(d.index, d.finish) for d in delivery.take()] == [(0, "stop"), (1, "length")]
+    assert delivery.ended and len(told) == 5
