@@ -110,7 +110,7 @@ class KubeApi:
         rand: Callable[[], float] = random.random,
     ) -> None:
         configuration.connection_pool_maxsize = CONNECTIONS
-        configuration.retries = False
+        configuration.retries = None  # repeating is this class's
         self.namespace = namespace
         """Of the kubeconfig's context or of the pod."""
         self.host: str = configuration.host

@@ -24,6 +24,7 @@ METRIC_MODULES = (
     "controlplane.fleet.metrics",
     "controlplane.gateway.metrics",
     "controlplane.jobs.metrics",
+    "controlplane.kube.metrics",
     "controlplane.local.metrics",
     "flowserve.engine.metrics",
     "flowserve.rtc.metrics",

@@ -1,0 +1,1 @@
+"""The operator: pods instead of processes, driven by custom resources."""
