@@ -1,8 +1,8 @@
 """The `deepflow` command: starts and stops a stack on this machine, and talks to any gateway.
 
-Commands live in `stack` (up, down, status, roles), `models`, `jobs`, `chat`, `keys`, `calibrate` and
-`simulate`; `output` holds what they share. Heavy imports happen inside commands, so that `deepflow --help`
-answers at once.
+Commands live in `stack` (up, down, status, roles), `models`, `jobs`, `chat`, `keys`, `calibrate`,
+`simulate`, and for clusters `crds` and `uninstall`; `output` holds what they share. Heavy imports happen
+inside commands, so that `deepflow --help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from controlplane.cli import calibrate, chat, jobs, keys, models, simulate, stack
+from controlplane.cli import calibrate, chat, crds, jobs, keys, models, simulate, stack, uninstall
 from controlplane.cli.output import CliError, fail
 from controlplane.local.errors import AlreadyRunning, NotRunning, StackError
 from controlplane.local.topology import TopologyError
@@ -34,6 +34,8 @@ app.command("status")(stack.status)
 app.command("chat")(chat.chat)
 app.command("calibrate")(calibrate.calibrate)
 app.command("simulate")(simulate.simulate)
+app.command("uninstall")(uninstall.uninstall)
+app.add_typer(crds.app, name="crds")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

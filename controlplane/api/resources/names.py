@@ -84,6 +84,7 @@ class Reason(StrEnum):
     DRAINING = "Draining"
     DELETING = "Deleting"
     PAUSED = "Paused"
+    UNINSTALLED = "Uninstalled"
     # Accepted
     VALID = "Valid"
     INVALID_SOURCE = "InvalidSource"
