@@ -104,6 +104,18 @@ class CostModel:
         root = (slope * slope + 2 * attention * left) ** 0.5
         return max(0, min(limit, int(2 * left / (slope + root))))
 
+    def prefill_seconds(self, start: int, count: int, step_seconds: float) -> float | None:
+        """Expected time of computing `count` tokens from position `start` on, in steps of `step_seconds`.
+
+        None before anything was measured.
+        """
+        if not self.steps:
+            return None
+        fixed, linear, attention = self._coefficients
+        work = linear * count + attention * pairs_of(start, count)
+        steps = max(1.0, work / max(step_seconds - fixed, step_seconds / 2))
+        return (fixed * steps + work) * max(1.0, self._overrun)
+
     def _fit(self, shape: StepShape) -> float:
         fixed, linear, attention = self._coefficients
         return fixed + linear * shape.tokens + attention * shape.pairs

@@ -295,7 +295,9 @@ class EngineCore:
             if state is PopulateState.DONE:
                 sequence.state = State.RUNNING
             else:
-                log.error("populating %s from the host tier failed; it is computed instead", sequence.key)
+                log.warning("populating %s failed; what is missing is computed", sequence.key)
+                if not sequence.reported:
+                    sequence.cached_tokens = None  # told by what is found at its next admission
                 self.scheduler.preempt(sequence)
 
     def _open_transfer(self, sequence: Sequence, now: float) -> None:

@@ -177,7 +177,8 @@ class Scheduler:
         for sequence in sorted(self.waiting, key=self._order):
             if len(self.running) >= self._config.max_running:
                 return
-            match = self._match(sequence)
+            found = self._match(sequence)
+            match = self._worth_populating(found)
             if not sequence.pulls and self._waits_for_prefix(sequence, match, coming, now):
                 continue
             start = len(match) * self._cache.block_tokens
@@ -187,6 +188,8 @@ class Scheduler:
             table = self._reserve(sequence, match)
             if table is None:
                 return  # blocks go to the first in order, or a long prompt would starve
+            if match is not found:
+                self._cache.decline_populate(found)
             self._start(sequence, table, match, now, plan)
             if sequence.state is State.RUNNING:
                 self._put(plan, budget, sequence, count)
@@ -200,6 +203,19 @@ class Scheduler:
         usable = sequence.pull_length if sequence.pulls else len(sequence.tokens) - 1
         match = self._cache.match_identities(sequence.identities[: usable // self._cache.block_tokens])
         return match.device_prefix() if sequence.pulls else match
+
+    def _worth_populating(self, match: PrefixMatch) -> PrefixMatch:
+        """The match, cut before what is computed sooner than it is brought back to the device."""
+        if match.on_device:
+            return match
+        first = match.blocks.index(None)
+        step = self._cache.block_tokens
+        computing = self._costs.prefill_seconds(
+            first * step, (len(match) - first) * step, self._config.chunk_seconds
+        )
+        if computing is None or self._cache.populate_seconds(match) <= computing:
+            return match
+        return match.first(first)
 
     def _reserve(self, sequence: Sequence, match: PrefixMatch) -> list[int] | None:
         coming = int(sequence.pulls and sequence.task.early)  # the prefill's token
@@ -225,6 +241,7 @@ class Scheduler:
         sequence.last_progress = now
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
+        if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.computed, len(sequence.prompt))
         if sequence.pulls:
             sequence.state = State.PULLING
@@ -255,12 +272,12 @@ class Scheduler:
         return sequence.identities[sequence.computed // self._cache.block_tokens :]
 
     def _coming_identities(self) -> set[bytes]:
-        """Blocks that running prefills will have computed soon."""
+        """Blocks that prefills which hold their blocks will have computed, or brought, soon."""
         if not self._config.enable_prefix_cache:
             return set()
         coming: set[bytes] = set()
         for sequence in self.running:
-            if sequence.state is State.RUNNING and sequence.remaining > 1:
+            if sequence.state in (State.RUNNING, State.POPULATING) and sequence.remaining > 1:
                 self.identify(sequence)
                 coming.update(self._uncomputed(sequence))
         return coming

@@ -11,7 +11,7 @@ from flowserve.engine.types import EngineTask, TaskKind, TokenLogprobs
 
 class State(enum.Enum):
     WAITING = "waiting"  # holds nothing
-    POPULATING = "populating"  # blocks held, host tier pages on their way
+    POPULATING = "populating"  # blocks held, pages of another tier on their way
     PULLING = "pulling"  # blocks held, a peer's KV on its way
     RUNNING = "running"  # blocks held, may be scheduled
     ENDED = "ended"
@@ -91,7 +91,7 @@ class Sequence:
         self.ticket: int | None = None
         self.wants_prompt_logprobs = task.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
-        self.cached_tokens: int | None = None  # set at first admission
+        self.cached_tokens: int | None = None  # set at admission, once
         self.reported = False  # the first delta, with cached_tokens, was made
         self.first_scheduled: float | None = None
         self.transfer_seconds = 0.0

@@ -7,7 +7,12 @@
 | allocator | the free blocks as contiguous segments                               |
 | index     | identity -> block (the radix tree over blocks), context id -> blocks |
 | staging   | copies ahead of a transfer that make fewer runs of a table           |
+| tiers     | host memory and disk behind the device, as one                       |
 | host      | pages of evicted blocks in host memory                               |
+| disk      | pages that host memory let go, written behind; `folder`: the bounded |
+|           | folder that executors share; `pagefile`: one page as a file          |
+| populate  | pages on their way back to the device                                |
+| costs     | what bringing a page back takes, as measured                         |
 | events    | the numbered log of what became reusable and what did not stay so    |
 
 Used by `flowserve.engine` on its thread; knows nothing of sequences or devices.

@@ -3,7 +3,7 @@
 The master side of DeepServe section 4.3, under the paper's API names. The engine's step loop is the
 only caller and the only thread (`flowserve.engine`); properties that return one number may be read
 from anywhere. Block contents are touched only through the pool (`BlockStore`) and only to move
-pages between the device and the host tier.
+pages between the device and the tiers behind it: host memory, then the disk.
 
 A block is in exactly one state:
 
@@ -18,17 +18,20 @@ Preserved KV is soft state: it may vanish whenever nobody refers to it, and is r
 from __future__ import annotations
 
 import enum
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from flowserve.rtc.disk import FLUSH_SECONDS, DiskTier
 from flowserve.rtc.events import CacheChanges, ChangeLog
-from flowserve.rtc.host import HostTier, Page
 from flowserve.rtc.index import ContextIndex, PrefixIndex
+from flowserve.rtc.pagefile import Page
 from flowserve.rtc.placement import RUN_PRICE, Placement
+from flowserve.rtc.populate import Populations
 from flowserve.rtc.staging import Stager
+from flowserve.rtc.tiers import Stored, Tiers
 from kvtransfer.blockhash import block_hashes, chain_seed
 from kvtransfer.pool import BlockStore
 
@@ -49,12 +52,13 @@ class PopulateState(enum.Enum):
 class PrefixMatch:
     """Preserved KV of a prefix: for each full block its identity and either a device block or a page.
 
-    Holds no references. Device blocks stay valid until the next allocation; pages stay readable.
+    Holds no references. Device blocks stay valid until the next allocation; pages of host memory stay
+    readable, those on the disk may be gone when they are read.
     """
 
     identities: tuple[bytes, ...] = ()
-    blocks: tuple[int | None, ...] = ()  # None: in the host tier only
-    pages: tuple[Page | None, ...] = ()  # the host page where the block is None
+    blocks: tuple[int | None, ...] = ()  # None: in a tier behind the device only
+    pages: tuple[Stored | None, ...] = ()  # the page where the block is None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -83,14 +87,6 @@ class AuditReport:
     missing: list[int]
 
 
-@dataclass(slots=True)
-class _Population:
-    blocks: list[int]
-    identities: list[bytes]
-    future: Future[None]
-    abandoned: bool = False
-
-
 class RTC:
     """Block table, prefix and id index, device and host tier of one pool."""
 
@@ -99,24 +95,24 @@ class RTC:
         store: BlockStore,
         *,
         host_bytes: int = 0,
+        disk: DiskTier | None = None,
         max_contexts: int = MAX_CONTEXTS,
         run_price: float = RUN_PRICE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`host_bytes` bounds the host tier; 0 = evicted blocks are dropped. `run_price`: see `placement`."""
+        """`host_bytes` bounds the host tier (0 = there is none); `disk` is closed with the cache. Without
+        both, evicted blocks are dropped. `run_price`: see `placement`."""
         self.store = store
         self.block_tokens = store.layout.block_tokens
         self._revision = store.layout.model_revision
         self._placement = Placement(store.num_blocks, self._evicted, run_price=run_price)
         self._refs = [0] * store.num_blocks
         self._index = PrefixIndex()
-        self._host = HostTier(host_bytes)
+        self._tiers = Tiers(store.layout.block_bytes, host_bytes, disk)
+        self._populations = Populations(store, self._tiers.costs)
         self._stager = Stager(store, self._take, self.free)
         self._contexts = ContextIndex(max_contexts, clock)
         self._changes = ChangeLog()
-        self._populations: dict[int, _Population] = {}
-        self._next_ticket = 1
-        self._copier: ThreadPoolExecutor | None = None
         self._closed = False
 
     # -- numbers ---------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ class RTC:
 
     @property
     def host_bytes(self) -> int:
-        return self._host.used_bytes
+        return self._tiers.host.used_bytes
 
     @property
     def populating(self) -> int:
@@ -177,10 +173,10 @@ class RTC:
     def match_identities(self, identities: Sequence[bytes]) -> PrefixMatch:
         """As `match_by_prefix_token`, for a caller that keeps the chain of its sequence."""
         blocks: list[int | None] = []
-        pages: list[Page | None] = []
+        pages: list[Stored | None] = []
         for identity in identities:
             block = self._index.block(identity)
-            page = self._host.get(identity) if block is None else None
+            page = self._tiers.page(identity) if block is None else None
             if block is None and page is None:
                 break
             blocks.append(block)
@@ -276,7 +272,7 @@ class RTC:
             raise ValueError(f"block {block} is committed but not referenced")
         if identity in self._index or self._index.identity(block) is not None:
             return False
-        if identity not in self._host:
+        if identity not in self._tiers:
             self._changes.stored(identity)
         self._index.add(identity, block)
         return True
@@ -288,78 +284,92 @@ class RTC:
         held = 0
         for block in blocks:
             identity = self._index.identity(block)
-            if identity is not None and self._keep_on_host(identity, block):
+            if identity is not None and self._tiers.host.takes(self.store.layout.block_bytes):
+                self._keep(identity, block)
                 held += 1
         return held
 
     def populate(self, match: PrefixMatch, table: Sequence[int], notify: Callable[[], None]) -> int:
         """Starts to write the pages of `match` into the blocks `alloc_blocks` put in their place.
 
-        Returns a ticket for `query_populate`. `notify` is called on the copying thread at the end.
-        The blocks hold a reference of the population itself, so the caller may free its table at any
-        time: nothing else gets a block that is still being written.
+        Returns a ticket for `query_populate`. `notify` is called on the copying thread at the end. The
+        caller may free its table at any time: the population holds references of its own.
         """
-        moves = [
+        missing = [
             (identity, table[index], page)
             for index, (identity, page) in enumerate(zip(match.identities, match.pages, strict=True))
             if page is not None
         ]
-        for _, block, _ in moves:
+        blocks = [block for _, block, _ in missing]
+        for block in blocks:
             self._refer(block)
-        if self._copier is None:
-            self._copier = ThreadPoolExecutor(1, thread_name_prefix="rtc-populate")
-        future = self._copier.submit(self._write, [(block, page) for _, block, page in moves])
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        self._populations[ticket] = _Population(
-            [block for _, block, _ in moves], [identity for identity, _, _ in moves], future
+        return self._populations.copy(
+            [identity for identity, _, _ in missing], blocks, [page for _, _, page in missing], notify
         )
-        future.add_done_callback(lambda _: notify())
-        return ticket
+
+    def populate_seconds(self, match: PrefixMatch) -> float:
+        """What populating the match is expected to take, from what it took before."""
+        return self._tiers.seconds(match.pages)
+
+    def decline_populate(self, match: PrefixMatch) -> None:
+        """The match is computed instead, because `populate_seconds` was too much."""
+        self._tiers.declined(match.pages)
 
     def query_populate(self, ticket: int) -> PopulateState:
-        """DONE and FAILED are told once; then the ticket is forgotten."""
-        population = self._populations[ticket]
-        if not population.future.done():
+        """DONE and FAILED are told once; then the ticket is forgotten. After FAILED the pages before the
+        one that could not be had are in place, and matched from now on."""
+        population = self._populations.pop(ticket)
+        if population is None:
             return PopulateState.PENDING
-        del self._populations[ticket]
-        failed = population.future.cancelled() or population.future.exception() is not None
-        for block, identity in zip(population.blocks, population.identities, strict=True):
-            if not failed:
-                self.commit(block, identity)
-            elif not population.abandoned and self._host.drop(identity) and identity not in self._index:
-                self._changes.removed(identity)  # a page that cannot be brought back is worth nothing
-        self.free(population.blocks)
+        blocks, identities = population.blocks, population.identities
+        written = population.outcome()
+        for block, identity in zip(blocks[: written.count], identities, strict=False):
+            self.commit(block, identity)
+        failed = written.count < len(blocks)
+        if failed and population.local and not population.abandoned:
+            # A page that is lost is gone; where the pool refuses pages, none of them is worth anything.
+            last = written.count + 1 if written.lost else len(identities)
+            for identity in identities[written.count : last]:
+                if self._tiers.forget(identity) and not self._matchable(identity):
+                    self._changes.removed(identity)
+        self.free(blocks)
         return PopulateState.FAILED if failed else PopulateState.DONE
 
     def abandon_populate(self, ticket: int) -> None:
         """Nobody will ask for this ticket again; `collect` ends it."""
-        population = self._populations.get(ticket)
-        if population is not None:
-            population.abandoned = True
-            population.future.cancel()
+        self._populations.abandon(ticket)
 
     def collect(self) -> None:
-        """Ends abandoned populations. Call once per step."""
-        for ticket in [ticket for ticket, population in self._populations.items() if population.abandoned]:
+        """Ends abandoned populations, takes in what the disk's writer did. Call once per step."""
+        for ticket in self._populations.abandoned():
             self.query_populate(ticket)
+        came, went = self._tiers.collect()
+        for identity in came:
+            if identity not in self._index:
+                self._changes.stored(identity)
+        for identity in went:
+            if identity not in self._index:
+                self._changes.removed(identity)
 
     def clear(self) -> None:
-        """Forgets all preserved KV that nobody refers to, in every tier."""
+        """Forgets all preserved KV that nobody refers to, on the device and in host memory."""
         for block in self._placement.idle_blocks():
             self._drop_index(block, keep=False)
             self.store.bump(block)
             self._placement.forget(block)
-        for identity in list(self._host):
-            self._host.drop(identity)
+        for identity in self._tiers.clear_host():
             if identity not in self._index:
                 self._changes.removed(identity)
 
     def close(self) -> None:
-        """Ends the copying thread; blocks until a running copy is done."""
-        if self._copier is not None and not self._closed:
-            self._copier.shutdown(wait=True, cancel_futures=True)
-        self._closed = True
+        """Ends the copying thread, and writes what is preserved to the disk tier for its next user.
+
+        Blocks until a running copy is done, and at most FLUSH_SECONDS for the disk. No step follows.
+        """
+        if not self._closed:
+            self._closed = True
+            self._populations.close()
+            self._tiers.close(self._indexed(), FLUSH_SECONDS)
 
     # -- events and audit ------------------------------------------------------------------------
 
@@ -372,14 +382,13 @@ class RTC:
 
         Changes not yet taken are in the list already; applying them again changes nothing.
         """
-        stored = list(self._index) + [identity for identity in self._host if identity not in self._index]
+        stored = list(self._index) + [identity for identity in self._tiers if identity not in self._index]
         return self._changes.next_sequence, stored
 
     def audit(self, expected_refs: Iterable[int]) -> AuditReport:
         """Compares references with `expected_refs`: every block as often as someone answers for it."""
         expected = Counter(expected_refs)
-        for population in self._populations.values():
-            expected.update(population.blocks)
+        expected.update(self._populations.held_blocks())
         leaked = [block for block, refs in enumerate(self._refs) if refs > expected[block]]
         missing = [block for block, refs in enumerate(self._refs) if refs < expected[block]]
         held = sum(1 for refs in self._refs if refs > 0)
@@ -394,9 +403,14 @@ class RTC:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _write(self, moves: list[tuple[int, Page]]) -> None:
-        for block, page in moves:
-            self.store.store(block, page)
+    def _matchable(self, identity: bytes) -> bool:
+        return identity in self._index or identity in self._tiers
+
+    def _indexed(self) -> Iterator[tuple[bytes, Callable[[], Page]]]:
+        for identity in self._index:
+            block = self._index.block(identity)
+            if block is not None:
+                yield identity, functools.partial(self.store.load, block, 1)
 
     def _refer(self, block: int) -> None:
         if self._refs[block] == 0:
@@ -415,19 +429,15 @@ class RTC:
             self._drop_index(block, keep=True)
 
     def _drop_index(self, block: int, keep: bool) -> None:
-        """An idle block loses its identity; with `keep` its page goes to the host tier, if there is one."""
+        """An idle block loses its identity; with `keep` its page goes to the next tier, if there is one."""
         identity = self._index.remove(block)
         if keep:
-            self._keep_on_host(identity, block)
-        if identity not in self._host:
+            self._keep(identity, block)
+        if not self._matchable(identity):
             self._changes.removed(identity)
 
-    def _keep_on_host(self, identity: bytes, block: int) -> bool:
-        if self._host.get(identity) is not None:
-            return True
-        if not self._host.takes(self.store.layout.block_bytes):
-            return False
-        for dropped in self._host.put(identity, self.store.load(block, 1)):
+    def _keep(self, identity: bytes, block: int) -> None:
+        """A block's page goes to the tiers; others may have to give way there."""
+        for dropped in self._tiers.keep(identity, functools.partial(self.store.load, block, 1)):
             if dropped not in self._index:
                 self._changes.removed(dropped)
-        return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-Page = bytes | bytearray | memoryview
+from flowserve.rtc.pagefile import Page
 
 
 class HostTier:
@@ -37,23 +37,27 @@ class HostTier:
         """Whether a page of `size` bytes could be kept at all."""
         return size <= self.capacity_bytes
 
+    def items(self) -> list[tuple[bytes, Page]]:
+        """Least recently used first."""
+        return list(self._pages.items())
+
     def get(self, identity: bytes) -> Page | None:
         page = self._pages.get(identity)
         if page is not None:
             self._pages.move_to_end(identity)
         return page
 
-    def put(self, identity: bytes, page: Page) -> list[bytes]:
-        """Keeps a page; returns the identities dropped for it (its own, if it is too large)."""
+    def put(self, identity: bytes, page: Page) -> list[tuple[bytes, Page]]:
+        """Keeps a page; returns the pages dropped for it (itself, if it is too large)."""
         size = len(page)
         if not self.takes(size):
-            return [identity]
+            return [(identity, page)]
         self.drop(identity)
-        dropped: list[bytes] = []
+        dropped: list[tuple[bytes, Page]] = []
         while self._bytes + size > self.capacity_bytes:
             old, gone = self._pages.popitem(last=False)
             self._bytes -= len(gone)
-            dropped.append(old)
+            dropped.append((old, gone))
         self._pages[identity] = page
         self._bytes += size
         return dropped

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # both import torch: a warm process listens before that is do
     from flowserve.engine.engine import Engine
     from flowserve.executor.interface import Executor
     from flowserve.rtc import RTC
+    from flowserve.rtc.disk import DiskTier
     from flowserve.shell.settings import Settings
     from kvtransfer.pool import BlockStore
 
@@ -187,7 +188,9 @@ class Loader:
             raise LoadFailed(LoadReason.NO_MEMORY, str(error) or "out of memory") from error
         except ValueError as error:
             raise LoadFailed(LoadReason.UNSUPPORTED, str(error)) from error
-        cache = RTC(executor.store, host_bytes=settings.host_cache_bytes)
+        cache = RTC(
+            executor.store, host_bytes=settings.host_cache_bytes, disk=self._disk_tier(executor.store)
+        )
         config = EngineConfig(
             max_tasks=settings.max_tasks,
             max_running=settings.max_running,
@@ -202,3 +205,18 @@ class Loader:
         gc.collect()
         gc.freeze()
         return Model(spec, executor, cache, engine, executor.store)
+
+    def _disk_tier(self, store: BlockStore) -> DiskTier | None:
+        """None where there is none, or where its folder cannot be used any more: serving goes on."""
+        from flowserve.rtc.disk import DiskTier
+
+        settings = self._settings
+        if settings.disk_cache is None:
+            return None
+        try:
+            return DiskTier(
+                settings.disk_cache, settings.disk_cache_bytes, store.layout, token=settings.token
+            )
+        except OSError as error:
+            log.error("no disk tier: %s", error)
+            return None

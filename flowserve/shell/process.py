@@ -27,6 +27,7 @@ from deepflow.v1 import worker_pb2 as pb
 from deepflow.v1 import worker_pb2_grpc
 
 from flowserve.engine.types import Role, StepEvent
+from flowserve.rtc import folder
 from flowserve.shell import convert, health, metrics, watchdog
 from flowserve.shell.handover import Handover
 from flowserve.shell.lifecycle import Lifecycle, State
@@ -181,6 +182,8 @@ class TaskExecutorProcess:
         if settings.shm_dir is not None:
             settings.shm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             await asyncio.to_thread(remove_dead_sockets, settings.shm_dir)
+        if settings.disk_cache is not None:
+            await asyncio.to_thread(folder.prepare, settings.disk_cache)
         await self._kv_service.start()
         metrics_server = self._start_metrics()
         metrics.INFO.info(

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from flowserve.engine.budget import StepShape
 from flowserve.engine.config import EngineConfig
 from flowserve.engine.types import ErrorCode, FinishReason, Role, SamplingParams, TaskKind
 from tests.support.engine import (
@@ -329,3 +330,38 @@ def test_a_role_moves_its_kind_ahead_but_not_for_ever(role: Role, first: str) ->
         rig.step()
     assert answers[first].tokens
     rig.run()
+
+
+def test_a_prefix_is_computed_where_that_is_sooner_than_bringing_it_back() -> None:
+    rig = Rig(num_blocks=12, host_bytes=1 << 20)
+    prompt = tokens_of(1, 30)
+    submit_all(rig, {"a": prompt}, 4)
+    rig.run()
+    submit_all(rig, {"other": tokens_of(2, 40)}, 4)
+    rig.run()
+    for tokens in (4, 8, 16):
+        rig.engine._core.costs.observe(StepShape(tokens, 0), tokens * 1e-9)
+    rig.executor.batches.clear()
+    again = rig.submit(make_task(prompt, 4, task_id="b"))
+    rig.run()
+    assert again.first.cached_tokens == 0 and rig.executor.batches[0] == [(0, 30)]
+    check(rig, {"b": prompt}, 4)
+    rig.assert_clean()
+    rig.cache.close()
+
+
+def test_what_was_found_in_cache_is_told_after_a_population_failed() -> None:
+    rig = Rig(num_blocks=12, host_bytes=1 << 20)
+    prompt = tokens_of(1, 30)
+    submit_all(rig, {"a": prompt}, 4)
+    rig.run()
+    submit_all(rig, {"other": tokens_of(2, 40)}, 4)
+    rig.run()
+    rig.store.fail_stores = 1
+    again = rig.submit(make_task(prompt, 4, task_id="b"))
+    for _ in range(20000):
+        rig.step()
+        if again.final is not None:
+            break
+    assert again.first.cached_tokens == 0
+    rig.cache.close()

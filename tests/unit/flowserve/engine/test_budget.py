@@ -97,3 +97,14 @@ def test_the_token_bound_holds() -> None:
     assert budget.chunk(0, 100) == 10 and not budget.full
     budget.take(0, 10)
     assert budget.full and budget.chunk(0, 100) == 0
+
+
+def test_the_time_of_a_prefill_is_what_its_chunks_take() -> None:
+    model, machine = CostModel(), Machine(0.01, 1e-3, 1e-7, noise=0.02)
+    assert model.prefill_seconds(0, 100, 0.25) is None
+    for prompt in (300, 2000, 1200):
+        prefill(model, machine, prompt)
+    for count in (100, 1000, 2000):
+        took = sum(prefill(model, machine, count))
+        expected = model.prefill_seconds(0, count, 0.25)
+        assert expected is not None and 0.7 * took < expected < 1.4 * took

@@ -51,6 +51,8 @@ def test_refuses_a_wildcard_that_peers_could_not_reach() -> None:
         ["--te-id", "te-0", "--lease-seconds", "nan"],
         ["--te-id", "te-0", "--watchdog-seconds", "0"],
         ["--te-id", "te-0", "--max-running", "600"],
+        ["--te-id", "te-0", "--disk-cache", "/tmp/kv"],
+        ["--te-id", "te-0", "--disk-cache-bytes", "1000"],
     ],
 )
 def test_refuses_values_that_make_no_sense(argv: list[str]) -> None:
