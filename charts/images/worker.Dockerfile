@@ -3,7 +3,7 @@
 #   docker build -f charts/images/worker.Dockerfile --target cuda -t deepflow/worker-cuda:0.1.0 .
 #   docker build -f charts/images/worker.Dockerfile --target npu  -t deepflow/worker-npu:0.1.0 \
 #     --build-arg CANN=quay.io/ascend/cann:8.2.rc1-910b-ubuntu22.04-py3.11 --build-arg TORCH=2.7.1 --build-arg TORCH_NPU=2.7.1 .
-# 910C takes the CANN image of its own (…-a3-…).
+# 910C takes the CANN image of its own (…-a3-…). pip stays: the fetcher of `pypi://` models runs it.
 
 ARG CANN=quay.io/ascend/cann:8.2.rc1-910b-ubuntu22.04-py3.11
 
@@ -27,7 +27,6 @@ WORKDIR /src
 FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN /opt/deepflow/bin/pip install --no-cache-dir -c constraints.txt --extra-index-url "$TORCH_INDEX" . \
-    && /opt/deepflow/bin/pip uninstall -y pip \
     && find /opt/deepflow -name '__pycache__' -prune -exec rm -rf {} +
 
 FROM gcr.io/distroless/python3-debian12:nonroot AS cpu
@@ -40,7 +39,6 @@ CMD ["python", "-P", "-m", "flowserve.shell", "--help"]
 # -- cuda: torch of the package index, which brings CUDA's libraries; the host brings the driver --------
 FROM build AS build-cuda
 RUN /opt/deepflow/bin/pip install --no-cache-dir -c constraints.txt . \
-    && /opt/deepflow/bin/pip uninstall -y pip \
     && find /opt/deepflow -name '__pycache__' -prune -exec rm -rf {} +
 
 # Triton compiles its kernels' launchers at run time: gcc and Python's headers stay.

@@ -1,7 +1,7 @@
-"""`ModelCache`: models that are kept on nodes, ahead of the pods that load them, with progress per node.
+"""`ModelCache`: models that are brought to executors' pods ahead of the load, with progress per node.
 
-Each node's agent writes its own entry of `status.nodes`; the list is a map by name, so agents never
-write over each other.
+Files lie in the cache volume of each pod of the pools named, so a claimed pod loads at once what was kept.
+`status.nodes` sums the pods of a node up: a model is ready there when all of them have it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from controlplane.api.resources.base import (
     REASON,
     Column,
     Part,
-    Quantity,
     Resource,
     Status,
+    as_set,
     keyed,
     rules,
 )
-from controlplane.api.resources.warmpool import Toleration
 
 
 class CacheState(StrEnum):
@@ -49,9 +48,6 @@ class CachedModel(Part):
             ),
         ),
     )
-    medium: Literal["Disk", "Memory"] = Field(
-        default="Disk", description="`Memory`: its pages are kept in the node's memory too."
-    )
 
 
 class ModelCacheSpec(Part):
@@ -60,14 +56,11 @@ class ModelCacheSpec(Part):
     models: list[CachedModel] = Field(
         min_length=1, max_length=64, description="Models to keep.", json_schema_extra=keyed("uri")
     )
-    node_selector: dict[str, str] = Field(
-        default_factory=dict, max_length=32, description="Labels of the nodes that keep them; none: all."
-    )
-    tolerations: list[Toleration] = Field(
-        default_factory=list, max_length=32, description="Taints of nodes that keep them."
-    )
-    max_bytes: Quantity | None = Field(
-        default=None, description="Bound on each node; models beyond it fail with the reason."
+    pools: list[str] = Field(
+        default_factory=list,
+        max_length=64,
+        description="WarmPools whose pods keep them; none: all of the namespace.",
+        json_schema_extra=as_set(),
     )
 
 
@@ -75,8 +68,10 @@ class ModelProgress(Part):
     """A model on a node."""
 
     uri: str = Field(max_length=1024, description="The model.")
-    state: CacheState = Field(default=CacheState.PENDING, description="How far it is.")
-    bytes_done: int = Field(default=0, ge=0, description="Bytes on the node.")
+    state: CacheState = Field(
+        default=CacheState.PENDING, description="How far it is, in the pod that is behind the others."
+    )
+    bytes_done: int = Field(default=0, ge=0, description="Bytes in that pod.")
     bytes_total: int | None = Field(default=None, ge=0, description="Bytes in all, once known.")
     message: str = Field(default="", max_length=1024, description="What went wrong.")
 
@@ -85,6 +80,7 @@ class NodeProgress(Part):
     """Models on one node."""
 
     name: str = Field(max_length=253, description="The node.")
+    pods: int = Field(default=0, ge=0, description="Pods on it that keep the models.")
     models: list[ModelProgress] = Field(
         default_factory=list,
         max_length=64,
@@ -101,7 +97,7 @@ class ModelCacheStatus(Status):
         json_schema_extra=keyed("name"),
     )  # fmt: skip
     ready_nodes: int = Field(default=0, ge=0, description="Nodes that have all models.")
-    wanted_nodes: int = Field(default=0, ge=0, description="Nodes that shall have them.")
+    wanted_nodes: int = Field(default=0, ge=0, description="Nodes with pods that shall have them.")
 
 
 class ModelCache(Resource):
@@ -110,12 +106,12 @@ class ModelCache(Resource):
     kind: Literal["ModelCache"] = "ModelCache"
     spec: ModelCacheSpec = Field(description="What is wanted.")
     status: ModelCacheStatus = Field(
-        default_factory=ModelCacheStatus, description="What was observed; node agents write it."
+        default_factory=ModelCacheStatus, description="What was observed; the operator writes it."
     )
 
     plural: ClassVar[str] = "modelcaches"
     short_names: ClassVar[tuple[str, ...]] = ("mcache",)
-    about: ClassVar[str] = "Models that are kept on nodes' disks or in their memory."
+    about: ClassVar[str] = "Models that are kept in executors' pods, so that they load at once."
     columns: ClassVar[tuple[Column, ...]] = (
         READY,
         REASON,
@@ -126,7 +122,7 @@ class ModelCache(Resource):
             name="Wanted",
             type="integer",
             path=".status.wantedNodes",
-            description="Nodes that shall have them.",
+            description="Nodes with pods that shall have them.",
         ),
         AGE,
     )

@@ -58,7 +58,6 @@ OWNER_OPERATOR = "deepflow-operator"  # objects the operator creates, and status
 OWNER_ACTIVATOR = "deepflow-activator"  # RoleScaler.spec.replicas, 0 -> 1 only
 OWNER_AUTOSCALER = "deepflow-autoscaler"  # RoleScaler.spec.replicas otherwise; scalingHistory
 OWNER_GATEWAY = "deepflow-gateway"
-OWNER_NODE_AGENT = "deepflow-node-agent"  # ModelCache.status.nodes, its own node's entry
 LEASE_OPERATOR = "deepflow-operator"  # coordination.k8s.io Lease of the leader election
 
 
@@ -130,7 +129,7 @@ class Reason(StrEnum):
     CACHED = "Cached"
     FETCHING = "Fetching"
     FETCH_FAILED = "FetchFailed"
-    NO_NODES = "NoNodes"
+    NO_PODS = "NoPods"
 
 
 # -- executors' pods: what the operator writes into them, and network policies and monitors count on

@@ -161,7 +161,7 @@ class WarmPoolSpec(Part):
     models: list[str] = Field(
         default_factory=list,
         max_length=64,
-        description="Model URIs to keep on the pods' nodes, so that they load from there.",
+        description="Model URIs that every pod of the pool fetches ahead, as by a ModelCache.",
         json_schema_extra=as_set(),
     )
 
