@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,12 +34,24 @@ from deepflow.v1.worker_pb2_grpc import TaskExecutorStub
 
 from controlplane.fleet import metrics
 from kvtransfer.auth import call_metadata
+from kvtransfer.framed import StreamEnded, open_stream
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A snapshot of a large cache's block identities is the largest message (16 bytes a block)."""
 
 log = logging.getLogger(__name__)
-_Call = grpc.aio.StreamStreamCall[TasksRequest, TasksResponse]
+
+
+class TasksCall(Protocol):
+    """A Tasks stream, whichever connection carries it (`kvtransfer.framed` or gRPC)."""
+
+    def __aiter__(self) -> AsyncIterator[TasksResponse]: ...
+
+    async def write(self, request: TasksRequest) -> None: ...
+
+    def cancel(self) -> object: ...
+
+    async def details(self) -> str: ...
 
 
 class Link(enum.StrEnum):
@@ -95,6 +107,7 @@ class ExecutorChannel:
         self.te_id = record.te_id
         self.incarnation = record.incarnation
         self.address = record.address
+        self._plain = record.tasks_address  # "" = gRPC
         self.link = Link.IDLE if lazy else Link.CONNECTING
         self.last_heard = 0.0
         self.last_error = ""
@@ -165,8 +178,18 @@ class ExecutorChannel:
 
     async def _session(self) -> tuple[bool, str]:
         """One stream from Hello to its end: (welcomed, why it ended)."""
-        settings = self._settings
-        metadata = call_metadata(settings.token)
+        metadata = call_metadata(self._settings.token)
+        if self._plain:
+            try:
+                plain = await open_stream(
+                    self._plain, metadata, TasksResponse.FromString, seconds=self._settings.welcome_seconds
+                )
+            except OSError as error:
+                # A firewall between that knows the gRPC port alone: that one is tried, from now on.
+                log.warning("executor %s at %s: %s; over gRPC then", self.te_id, self._plain, error)
+                self._plain = ""
+            else:
+                return await self._talk(plain)
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -175,24 +198,28 @@ class ExecutorChannel:
             ("grpc.use_local_subchannel_pool", 1),  # a fresh connection: back-off is ours
         ]
         async with grpc.aio.insecure_channel(self.address, options=options) as channel:
-            call: _Call = TaskExecutorStub(channel).Tasks(metadata=metadata)
-            parts = [
-                asyncio.create_task(self._read(call), name=f"read-{self.te_id}"),
-                asyncio.create_task(self._write(call), name=f"write-{self.te_id}"),
-                asyncio.create_task(self._watch(), name=f"watch-{self.te_id}"),
-            ]
-            self.last_heard = self._clock()
-            try:
-                done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-                reason = next(_reason(task) for task in parts if task in done)
-                return self.link in (Link.UP, Link.SUSPECT), reason
-            finally:
-                for task in parts:
-                    task.cancel()
-                call.cancel()
-                await asyncio.gather(*parts, return_exceptions=True)
+            call: grpc.aio.StreamStreamCall[TasksRequest, TasksResponse]
+            call = TaskExecutorStub(channel).Tasks(metadata=metadata)
+            return await self._talk(call)
 
-    async def _read(self, call: _Call) -> str:
+    async def _talk(self, call: TasksCall) -> tuple[bool, str]:
+        parts = [
+            asyncio.create_task(self._read(call), name=f"read-{self.te_id}"),
+            asyncio.create_task(self._write(call), name=f"write-{self.te_id}"),
+            asyncio.create_task(self._watch(), name=f"watch-{self.te_id}"),
+        ]
+        self.last_heard = self._clock()
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            reason = next(_reason(task) for task in parts if task in done)
+            return self.link in (Link.UP, Link.SUSPECT), reason
+        finally:
+            for task in parts:
+                task.cancel()
+            call.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+
+    async def _read(self, call: TasksCall) -> str:
         started = self._clock()
         async for response in call:
             self.last_heard = self._clock()
@@ -228,7 +255,7 @@ class ExecutorChannel:
                 self.abort(*key, "its delta cannot be taken in")
                 self._tell_lost(listener, delta.attempt, "its delta cannot be taken in")
 
-    async def _write(self, call: _Call) -> str:
+    async def _write(self, call: TasksCall) -> str:
         hello = Hello(gateway_id=self._settings.gateway_id, incarnation=self._settings.incarnation)
         await call.write(TasksRequest(hello=hello))
         while True:
@@ -294,6 +321,8 @@ def _reason(task: asyncio.Task[str]) -> str:
         return task.result()
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
+    if isinstance(error, StreamEnded):
+        return str(error)
     if not isinstance(error, (grpc.RpcError, asyncio.InvalidStateError, OSError)):
         log.error("the stream's reader or writer failed", exc_info=error)
     return f"{type(error).__name__}: {error}"

@@ -38,6 +38,7 @@ from flowserve.shell.settings import Endpoint, Settings
 from flowserve.shell.streams import Streams
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth
 from kvtransfer.channel import SERVER_OPTIONS
+from kvtransfer.framed import StreamServer
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.service import KVTransferService
@@ -81,6 +82,8 @@ class TaskExecutorProcess:
         self._signals = 0
         self._metrics_url = ""
         self._identity = Identity(settings.te_id, self.incarnation, "")
+        self._tasks_server: StreamServer[pb.TasksRequest] | None = None
+        self._tasks_address = ""
         self.streams = Streams()
         self._receiver = Receiver(
             None,
@@ -156,6 +159,7 @@ class TaskExecutorProcess:
             max_tasks=settings.max_tasks,
             protocol_version=PROTOCOL_VERSION,
             metrics_url=self._metrics_url,
+            tasks_address=self._tasks_address,
             message=lifecycle.message,
         )
         if model is not None:
@@ -177,8 +181,13 @@ class TaskExecutorProcess:
         port = _bind(server, settings.listen)
         address = str(Endpoint(settings.advertise_host, port))
         self._identity = Identity(settings.te_id, self.incarnation, address)
-        self._serve(server)
+        service = self._serve(server)
         await server.start()
+        if settings.tasks_listen is not None:
+            self._tasks_server = StreamServer(service.Tasks, pb.TasksRequest.FromString, token=settings.token)
+            listen = settings.tasks_listen
+            tasks_port = await self._tasks_server.start(listen.host, listen.port)
+            self._tasks_address = str(Endpoint(settings.advertise_host, tasks_port))
         if settings.shm_dir is not None:
             settings.shm_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             await asyncio.to_thread(remove_dead_sockets, settings.shm_dir)
@@ -242,6 +251,8 @@ class TaskExecutorProcess:
             await asyncio.to_thread(model.engine.stop, CLOSE_SECONDS)
             await asyncio.sleep(0)  # its last events are on the loop's queue: dispatch them first
         self.streams.end_all(grpc.StatusCode.UNAVAILABLE, reason)
+        if self._tasks_server is not None:
+            await self._tasks_server.stop(SERVER_GRACE_SECONDS)
         await server.stop(SERVER_GRACE_SECONDS)
         self._handover.stop()
         with contextlib.suppress(TimeoutError):
@@ -275,7 +286,7 @@ class TaskExecutorProcess:
             log.warning("no cluster token: whoever reaches loopback may use this executor")
         return grpc.aio.server(interceptors=auth, options=SERVER_OPTIONS)
 
-    def _serve(self, server: grpc.aio.Server) -> None:
+    def _serve(self, server: grpc.aio.Server) -> TaskExecutorService:
         service = TaskExecutorService(
             self._identity, self.lifecycle, self.streams, record=self.record, on_exit=self._on_drained
         )
@@ -286,6 +297,7 @@ class TaskExecutorProcess:
             alive=lambda: self.lifecycle.state is not State.FAILED,
             ready=lambda: self.lifecycle.state is State.READY,
         )
+        return service
 
     def _start_metrics(self) -> metrics.MetricsServer | None:
         listen = self._settings.metrics_listen
@@ -315,6 +327,7 @@ class TaskExecutorProcess:
     def _write_endpoint(self, path: Path) -> None:
         endpoint = {
             "address": self._identity.address,
+            "tasks_address": self._tasks_address,
             "metrics_url": self._metrics_url,
             "pid": os.getpid(),
             "incarnation": self.incarnation,

@@ -46,6 +46,7 @@ class Settings:
     advertise_host: str
     token: str
     redis_url: str = ""
+    tasks_listen: Endpoint | None = None
     endpoint_file: Path | None = None
     metrics_listen: Endpoint | None = None
     shm_dir: Path | None = None
@@ -109,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--te-id", required=True, help="name in the registry; letters, digits, '.', '_', '-'")
     add("--listen", default="127.0.0.1:0", help="HOST:PORT of the gRPC server, port 0 = any")
+    add(
+        "--tasks-listen",
+        default="",
+        help="HOST:PORT of the Tasks stream without gRPC (default: the listen host, any port); 'off' = none",
+    )
     add("--advertise-host", default="", help="host that peers reach it at (default: the listen host)")
     add("--endpoint-file", type=Path, help="JSON with the address, written when serving")
     add("--redis-url", default="", help="registry (default: $REDIS_URL); none = not registered")
@@ -141,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_endpoint(text: str, listen: Endpoint) -> Endpoint | None:
-    """Where peers read KV from. Raises ValueError."""
+def _beside(text: str, listen: Endpoint) -> Endpoint | None:
+    """A plain socket beside the gRPC server: `text`, or its host and any port. Raises ValueError."""
     if text == "off":
         return None
     return parse_endpoint(text) if text else Endpoint(listen.host, 0)
@@ -172,11 +178,12 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     try:
         listen = parse_endpoint(args.listen)
         metrics = None if args.metrics_listen == "off" else parse_endpoint(args.metrics_listen)
-        data = _data_endpoint(args.kv_data_listen, listen)
+        tasks = _beside(args.tasks_listen, listen)
+        data = _beside(args.kv_data_listen, listen)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     token = env.get(TOKEN_ENV, "")
-    for option, endpoint in (("--listen", listen), ("--kv-data-listen", data)):
+    for option, endpoint in (("--listen", listen), ("--tasks-listen", tasks), ("--kv-data-listen", data)):
         if not token and endpoint is not None and not is_loopback(endpoint.host):
             raise SettingsError(
                 f"{option} {endpoint} can be reached from other hosts:"
@@ -188,6 +195,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     return Settings(
         te_id=args.te_id,
         listen=listen,
+        tasks_listen=tasks,
         advertise_host=advertise,
         token=token,
         redis_url=args.redis_url or env.get("REDIS_URL", ""),

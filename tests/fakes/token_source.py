@@ -42,6 +42,7 @@ from controlplane.fleet.registry import heed_cancellation
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth, call_metadata
 from kvtransfer.blockhash import block_hashes, chain_seed
 from kvtransfer.channel import SERVER_OPTIONS, open_channel
+from kvtransfer.framed import StreamServer
 
 VOCABULARY = 32_000
 BLOCK_TOKENS = 16
@@ -139,6 +140,7 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         max_model_len: int = 1 << 20,
         exit_on_death: bool = False,
         kv_events: bool = True,
+        plain_stream: bool = True,
     ) -> None:
         """`token_seconds`: one token per task in so much; 0: as fast as the streams take them. `max_tasks`:
         beyond, QUEUE_FULL. Without `kv_events` prompts are not hashed: for benches of the gateway."""
@@ -168,6 +170,9 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         self._step = 0
         self._port = 0
         self._server: grpc.aio.Server | None = None
+        self._plain_stream = plain_stream
+        self._tasks_server: StreamServer[worker_pb2.TasksRequest] | None = None
+        self._tasks_port = 0
         self._loops: list[asyncio.Task[None]] = []
         self._pulls: set[asyncio.Task[None]] = set()
 
@@ -176,6 +181,11 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self._port}"
+
+    @property
+    def tasks_address(self) -> str:
+        """Of the Tasks stream without gRPC."""
+        return f"127.0.0.1:{self._tasks_port}" if self._plain_stream else ""
 
     async def __aenter__(self) -> TokenSource:
         await self.start()
@@ -190,6 +200,11 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         kvtransfer_pb2_grpc.add_KVTransferServicer_to_server(self, self._server)
         self._port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
+        if self._plain_stream:
+            self._tasks_server = StreamServer(
+                self.Tasks, worker_pb2.TasksRequest.FromString, token=self.token
+            )
+            self._tasks_port = await self._tasks_server.start("127.0.0.1")
         self._loops = [asyncio.create_task(self._run())]
         if self.redis_url:
             self._loops.append(asyncio.create_task(self._register()))
@@ -210,6 +225,9 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        if self._tasks_server is not None:
+            await self._tasks_server.stop()
+            self._tasks_server = None
         if self._server is not None:
             await self._server.stop(None)
             self._server = None
@@ -246,6 +264,7 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
             max_tasks=self.max_tasks,
             protocol_version=PROTOCOL_VERSION,
             started_unix_ms=int(time.time() * 1000),
+            tasks_address=self.tasks_address,
         )
 
     async def register_once(self, redis: Redis) -> None:
@@ -626,7 +645,12 @@ async def _serve(arguments: argparse.Namespace) -> None:
     source.faults.die_after = arguments.die_after
     async with source:
         if arguments.endpoint_file:
-            value = {"address": source.address, "pid": os.getpid(), "incarnation": source.incarnation}
+            value = {
+                "address": source.address,
+                "tasks_address": source.tasks_address,
+                "pid": os.getpid(),
+                "incarnation": source.incarnation,
+            }
             target = Path(arguments.endpoint_file)
             temporary = target.with_suffix(".new")
             temporary.write_text(json.dumps(value))

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -18,6 +19,7 @@ import numpy as np
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvtransfer.auth import call_metadata
+from kvtransfer.framed import StreamEnded, open_stream
 
 _ids = itertools.count()
 
@@ -42,8 +44,12 @@ def encode_tokens(tokens: Sequence[int]) -> bytes:
 class WorkerClient:
     """One Tasks stream to one executor. Use as an async context manager."""
 
-    def __init__(self, address: str, token: str, gateway_id: str = "direct") -> None:
+    def __init__(
+        self, address: str, token: str, gateway_id: str = "direct", *, tasks_address: str = ""
+    ) -> None:
+        """`tasks_address`: of the stream without gRPC, where that one is to be used."""
         self.address = address
+        self._tasks_address = tasks_address
         self._metadata = call_metadata(token)
         self._gateway_id = gateway_id
         self._runs: dict[str, tuple[TaskRun, asyncio.Event, asyncio.Event]] = {}
@@ -56,7 +62,11 @@ class WorkerClient:
             self.address, options=[("grpc.max_receive_message_length", 64 << 20)]
         )
         self.stub = worker_pb2_grpc.TaskExecutorStub(self._channel)
-        self._call = self.stub.Tasks(metadata=self._metadata)
+        self._call: Any = self.stub.Tasks(metadata=self._metadata) if not self._tasks_address else None
+        if self._call is None:
+            self._call = await open_stream(
+                self._tasks_address, self._metadata, worker_pb2.TasksResponse.FromString, seconds=10
+            )
         hello = worker_pb2.Hello(gateway_id=self._gateway_id, incarnation=f"{time.time_ns():x}-{next(_ids)}")
         await self._call.write(worker_pb2.TasksRequest(hello=hello))
         self._welcomed = asyncio.Event()
@@ -90,7 +100,7 @@ class WorkerClient:
                     self.load = response.step.load
                 for delta in response.step.deltas:
                     self._apply(delta, now)
-        except grpc.aio.AioRpcError:
+        except (grpc.aio.AioRpcError, StreamEnded, OSError):
             pass
         finally:
             for run, done, first in self._runs.values():

@@ -6,6 +6,8 @@ The TE-shell's service and the record by which an executor is discovered.
 One bidirectional Tasks stream per (gateway process, executor) carries all tasks of the pair.
 Down: submit, abort. Up: one event per engine step with every task's new tokens. If the stream
 is lost the executor aborts that gateway incarnation's tasks, and the job executor replays them.
+The same messages travel over gRPC or, where the executor announces an address for it, over a plain
+connection (kvtransfer/framed.py).
 
 Every call carries gRPC metadata: `authorization: Bearer <cluster token>`,
 `x-deepflow-protocol: <version>`, and `traceparent` where a trace exists.
@@ -747,6 +749,7 @@ class ExecutorRecord(_message.Message):
     METRICS_URL_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    TASKS_ADDRESS_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -773,6 +776,8 @@ class ExecutorRecord(_message.Message):
     """why FAILED"""
     quantization: _builtins.str
     """of the weights; "" = none"""
+    tasks_address: _builtins.str
+    """host:port of the Tasks stream over a plain connection; "" = gRPC only"""
     def __init__(
         self,
         *,
@@ -797,10 +802,11 @@ class ExecutorRecord(_message.Message):
         metrics_url: _builtins.str = ...,
         message: _builtins.str = ...,
         quantization: _builtins.str = ...,
+        tasks_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "role", b"role", "role_epoch", b"role_epoch", "started_unix_ms", b"started_unix_ms", "state", b"state", "te_id", b"te_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "role", b"role", "role_epoch", b"role_epoch", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,8 @@ The TE-shell's service and the record by which an executor is discovered.
 One bidirectional Tasks stream per (gateway process, executor) carries all tasks of the pair.
 Down: submit, abort. Up: one event per engine step with every task's new tokens. If the stream
 is lost the executor aborts that gateway incarnation's tasks, and the job executor replays them.
+The same messages travel over gRPC or, where the executor announces an address for it, over a plain
+connection (kvtransfer/framed.py).
 
 Every call carries gRPC metadata: `authorization: Bearer <cluster token>`,
 `x-deepflow-protocol: <version>`, and `traceparent` where a trace exists.

@@ -162,3 +162,20 @@ async def test_executors_are_listed_with_link_load_and_role(open_cluster: Any) -
         source.role, source.role_epoch = "prefill", 5
         await until(lambda: runtime.fleet.executors()[0]["role"] == "prefill")
         assert runtime.fleet.executors()[0]["role_epoch"] == 5
+
+
+async def test_executors_without_a_plain_stream_and_such_behind_a_firewall_are_spoken_to_over_grpc(
+    open_cluster: Any,
+) -> None:
+    async with open_cluster() as cluster:
+        old = await cluster.source("te-old", plain_stream=False)
+        walled = await cluster.source("te-walled")
+        assert walled._tasks_server is not None
+        await walled._tasks_server.stop()  # announced, and nobody answers there
+        runtime = await cluster.runtime()
+        await linked(runtime, "te-old", "te-walled")
+        asked = [request(length=40 + index, output=20, first=100 * index) for index in range(6)]
+        answers = await asyncio.gather(*(collect(runtime.executor.submit(one)) for one in asked))
+        assert [got.tokens[0] for got in answers] == [exact(one) for one in asked]
+        assert old.submits
+        assert walled.submits
