@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from redis.asyncio import BlockingConnectionPool, Redis
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controlplane.api.errors import ApiError
 from controlplane.api.openai import (
@@ -53,6 +53,16 @@ def serving_runtime(settings: GatewaySettings) -> AbstractAsyncContextManager[Ru
     return ServingRuntime(RuntimeSettings.from_env(overrides=overrides))
 
 
+class _Application(FastAPI):
+    """With our layer outermost: what it calls directly passes none of the framework's."""
+
+    metric_labels = 0
+
+    def build_middleware_stack(self) -> ASGIApp:
+        inner = super().build_middleware_stack()
+        return RequestMiddleware(inner, metric_labels=self.metric_labels, direct=generation.ENDPOINTS)
+
+
 def create_app(
     settings: GatewaySettings, *, runtime: RuntimeFactory = serving_runtime, redis: Redis | None = None
 ) -> FastAPI:
@@ -64,7 +74,7 @@ def create_app(
             app.state.gateway = gateway
             yield
 
-    app = FastAPI(
+    app = _Application(
         title="DeepFlow gateway",
         version="1",
         summary="OpenAI-compatible LLM serving",
@@ -78,7 +88,7 @@ def create_app(
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(RequestMiddleware, metric_labels=settings.metric_labels, direct=generation.ENDPOINTS)
+    app.metric_labels = settings.metric_labels
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 

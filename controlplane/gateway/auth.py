@@ -20,6 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,6 +44,7 @@ from controlplane.gateway.settings import GatewaySettings
 log = logging.getLogger(__name__)
 
 _FORWARDING = ("x-forwarded-for", "forwarded", "x-real-ip", "x-forwarded-host")
+_HOSTS = 1024  # addresses and Host headers whose reading is remembered
 _NEGATIVE_SECONDS = 1.0  # a key made just now works after this long at most
 # What people type where a client library insists on a key and the server needs none (vLLM's, Ollama's and
 # LM Studio's manuals among them). On keyless loopback these mean "no key"; anywhere else they are invalid.
@@ -186,6 +188,7 @@ def is_local(request: Request) -> bool:
     return not origin or _is_loopback_host(origin)
 
 
+@lru_cache(_HOSTS)
 def _is_loopback_host(url: str) -> bool:
     try:
         host = urlsplit(url).hostname or ""
@@ -194,6 +197,7 @@ def _is_loopback_host(url: str) -> bool:
     return host == "localhost" or host.endswith(".localhost") or _is_loopback(host)
 
 
+@lru_cache(_HOSTS)
 def _is_loopback(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

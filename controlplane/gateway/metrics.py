@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.registry import Collector
 
+from controlplane.fleet.metrics import remembered
+
 OTHER = "other"
 
 # Seconds. From a cached answer to the default request deadline.
@@ -16,33 +18,45 @@ def _live_gauge(name: str, text: str) -> Gauge:
     return Gauge(name, text, multiprocess_mode="livesum")
 
 
-REQUESTS = Counter(
+REQUESTS = remembered(
+    Counter(
     "deepflow_gateway_requests_total", "Requests by route, status (499: the client left) and model.",
     ["route", "status", "model"],
+)
 )  # fmt: skip
-SECONDS = Histogram("deepflow_gateway_request_seconds", "Whole requests.", ["route"], buckets=_LATENCY)
-STAGE_SECONDS = Histogram(
+SECONDS = remembered(
+    Histogram("deepflow_gateway_request_seconds", "Whole requests.", ["route"], buckets=_LATENCY)
+)
+STAGE_SECONDS = remembered(
+    Histogram(
     "deepflow_gateway_stage_seconds", "Stages of a request before the job executor has it.",
     ["stage"], buckets=_STAGE,
+)
 )  # fmt: skip
-FIRST_TOKEN_SECONDS = Histogram(
+FIRST_TOKEN_SECONDS = remembered(
+    Histogram(
     "deepflow_gateway_time_to_first_token_seconds", "Request received to first token.", ["model"],
     buckets=_LATENCY,
+)
 )  # fmt: skip
-TOKEN_SECONDS = Histogram(
+TOKEN_SECONDS = remembered(
+    Histogram(
     "deepflow_gateway_time_per_output_token_seconds", "Mean time of a request's tokens after the first.",
     ["model"], buckets=_LATENCY,
+)
 )  # fmt: skip
-TOKENS = Counter("deepflow_gateway_tokens_total", "Tokens metered.", ["tenant", "model", "kind"])
+TOKENS = remembered(Counter("deepflow_gateway_tokens_total", "Tokens metered.", ["tenant", "model", "kind"]))
 IN_FLIGHT = _live_gauge("deepflow_gateway_in_flight", "Generations running.")
 CONNECTIONS = _live_gauge("deepflow_gateway_connections", "Open client connections.")
 TOKENIZER_WAITING = _live_gauge("deepflow_gateway_tokenizer_calls", "Tokenizer calls running or waiting.")
-WORDS = Counter(
-    "deepflow_gateway_tokenizer_words_total", "Words of prompts: known from before, or new.", ["outcome"]
+WORDS = remembered(
+    Counter(
+        "deepflow_gateway_tokenizer_words_total", "Words of prompts: known from before, or new.", ["outcome"]
+    )
 )
 WORDS_HELD = _live_gauge("deepflow_gateway_tokenizer_words_held", "Words whose token ids are remembered.")
 LIMITED = Counter("deepflow_gateway_limited_total", "Requests refused by a bound.", ["bound"])
-AUTH = Counter("deepflow_gateway_auth_total", "Authentications by outcome.", ["outcome"])
+AUTH = remembered(Counter("deepflow_gateway_auth_total", "Authentications by outcome.", ["outcome"]))
 CUT = Counter("deepflow_gateway_streams_cut_total", "Streams ended before [DONE].", ["reason"])
 KEEPALIVES = Counter("deepflow_gateway_sse_keepalives_total", "Keep-alive comments sent.")
 CATALOGUE = Counter("deepflow_gateway_catalogue_loads_total", "Catalogue reads by outcome.", ["outcome"])

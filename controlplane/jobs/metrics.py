@@ -2,15 +2,17 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from controlplane.fleet.metrics import remembered
+
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
-JOBS = Counter("deepflow_jobs_jobs_total", "Jobs by how they ended.", ["outcome"])
-TASKS = Counter("deepflow_jobs_tasks_total", "Choices by how they ended.", ["outcome"])
+JOBS = remembered(Counter("deepflow_jobs_jobs_total", "Jobs by how they ended.", ["outcome"]))
+TASKS = remembered(Counter("deepflow_jobs_tasks_total", "Choices by how they ended.", ["outcome"]))
 REFUSED = Counter("deepflow_jobs_refused_total", "Requests refused at admission.", ["reason"])
 REPLAYS = Counter("deepflow_jobs_replays_total", "Attempts that were placed again.", ["reason"])
 STALE = Counter("deepflow_jobs_stale_deltas_total", "Deltas or tokens ignored.", ["reason"])
-PLACED = Counter("deepflow_jobs_placements_total", "Submits to executors.", ["kind", "reason"])
+PLACED = remembered(Counter("deepflow_jobs_placements_total", "Submits to executors.", ["kind", "reason"]))
 EARLY = Counter(
     "deepflow_jobs_early_decodes_total",
     "Prefills that started, by whether their decode executor was chosen then, and if not, why.",
@@ -23,14 +25,18 @@ STUCK = Gauge(
     "deepflow_jobs_tasks_stuck", "Choices not ended past deadline and grace: 0, or a bug.",
     multiprocess_mode="livesum",
 )  # fmt: skip
-PLACEMENT_SECONDS = Histogram(
-    "deepflow_jobs_placement_seconds", "Admitted until first submitted.", ["mode"], buckets=_LATENCY
+PLACEMENT_SECONDS = remembered(
+    Histogram(
+        "deepflow_jobs_placement_seconds", "Admitted until first submitted.", ["mode"], buckets=_LATENCY
+    )
 )
-TTFT_SECONDS = Histogram(
-    "deepflow_jobs_ttft_seconds", "Admitted until the first token.", ["mode"], buckets=_LATENCY
+TTFT_SECONDS = remembered(
+    Histogram("deepflow_jobs_ttft_seconds", "Admitted until the first token.", ["mode"], buckets=_LATENCY)
 )
-TPOT_SECONDS = Histogram(
-    "deepflow_jobs_tpot_seconds", "Mean time per output token after the first.", ["mode"], buckets=_STEP
+TPOT_SECONDS = remembered(
+    Histogram(
+        "deepflow_jobs_tpot_seconds", "Mean time per output token after the first.", ["mode"], buckets=_STEP
+    )
 )
 DECIDE_SECONDS = Histogram(
     "deepflow_jobs_decide_seconds", "One placement decision, its view included.",

@@ -93,6 +93,9 @@ class RuntimeSettings(BaseModel):
     # Records (writer.py, store.py).
     record_ttl_seconds: float = Field(3600, ge=1)
     record_flush_seconds: float = Field(0.1, gt=0)
+    record_young_seconds: float = Field(
+        0.5, ge=0, description="A running job is not recorded before; a shorter one once, when it has ended."
+    )
     record_batch: int = Field(500, ge=1)
     record_pending: int = Field(10_000, ge=1, description="Unwritten records kept while Redis is away.")
     redis_seconds: float = Field(2, gt=0, description="One call to Redis; never on an answer's way.")

@@ -1,6 +1,7 @@
 """Puts job records into the store behind serving's back: batched, bounded, healing.
 
-Serving only marks a job as changed. Marked jobs are written in one pipeline every flush; while the store
+Serving only marks a job as changed. Marked jobs are written in one pipeline every flush, those that end soon
+after they began once, at their end; while the store
 is down they stay marked, the oldest ended ones are dropped beyond the bound, and when it answers again
 (or was restarted, and may have forgotten) every live job is written anew.
 """
@@ -8,6 +9,7 @@ is down they stay marked, the oldest ended ones are dropped beyond the bound, an
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -57,26 +59,38 @@ class RecordWriter:
             await self._work.wait()
             await asyncio.sleep(pause)
             try:
-                written = await self.flush()
+                written = await self.flush(self._settings.record_young_seconds)
             except Exception:
                 log.exception("writing job records failed")
                 written = False
             heed_cancellation()
             pause = self._settings.record_flush_seconds if written else min(2.0, max(pause, 0.1) * 2)
 
-    async def flush(self) -> bool:
-        """Writes what is marked; False if the store could not be reached (it stays marked)."""
+    async def flush(self, young_seconds: float = 0.0) -> bool:
+        """Writes what is marked, but for jobs that run and are younger than `young_seconds`; False if the
+        store could not be reached (it stays marked)."""
         self._work.clear()
-        while self._marked:
-            if not await self._write_batch():
+        while due := self._due(young_seconds):
+            if not await self._write_batch(due):
                 self._work.set()
                 return False
-        metrics.RECORDS_PENDING.set(0)
+        metrics.RECORDS_PENDING.set(len(self._marked))
+        if self._marked:
+            self._work.set()
         return True
 
-    async def _write_batch(self) -> bool:
+    def _due(self, young_seconds: float) -> list[str]:
+        since = time.time() - young_seconds if young_seconds else float("inf")
+        ready = (
+            job_id
+            for job_id, job in self._marked.items()
+            if isinstance(job, JobRecord) or job.created_at <= since
+        )
+        return list(itertools.islice(ready, self._settings.record_batch))
+
+    async def _write_batch(self, due: list[str]) -> bool:
         settings = self._settings
-        batch = [self._marked.pop(job_id) for job_id in list(self._marked)[: settings.record_batch]]
+        batch = [self._marked.pop(job_id) for job_id in due]
         wall = time.time()
         try:
             async with asyncio.timeout(settings.redis_seconds):

@@ -57,7 +57,10 @@ async def latency(report: common.Report, opened: Rig, *, rounds: int, tokens: in
     rng = random.Random(1)
     samples: dict[str, list[tuple[float, float]]] = {"gateway": [], "direct": []}
     failed = 0
-    async with WorkerClient(opened.source_address, "secret", "direct") as client:
+    client = WorkerClient(
+        opened.source_address, "secret", "direct", tasks_address=opened.source_tasks_address
+    )
+    async with client:
 
         async def direct(number: int) -> tuple[float, float] | None:
             prompt = [1000 + (number * 7 + i) % 40_000 for i in range(200)]

@@ -112,6 +112,7 @@ class Rig:
     port: int
     source: Process
     source_address: str
+    source_tasks_address: str  # of the stream without gRPC, which the gateway uses
     gateways: list[Process]
 
     def cpu(self) -> float:
@@ -168,8 +169,8 @@ def rig(
             made.append(gateway)
             wait_for(ready.exists, gateway, "no gateway")
         wait_for(lambda: get(port, "/readyz") == 200, made[0], "not ready")
-        address = json.loads(endpoint.read_text())["address"]
-        yield Rig(folder, valkey.url, port, source, address, made)
+        said = json.loads(endpoint.read_text())
+        yield Rig(folder, valkey.url, port, source, said["address"], said["tasks_address"], made)
         for process in started:
             process.check()
     finally:
@@ -276,8 +277,9 @@ class Stream(asyncio.Protocol):
 def chat_request(
     *, words: int, max_tokens: int, model: str = MODEL, seed: int = 0, stream: bool = True
 ) -> bytes:
-    """A whole HTTP request: a chat of about `words` tokens, distinct by `seed`."""
-    text = f"Question {seed}. " + " ".join(_WORDS[(seed + i) % len(_WORDS)] for i in range(words))
+    """A whole HTTP request: a chat of `words` words of running text, distinct by `seed`."""
+    begin = seed * 37 % (len(_WORDS) - words)
+    text = f"Question {seed}. " + " ".join(_WORDS[begin : begin + words])
     body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens,
             "temperature": 0, "seed": seed, "ignore_eos": True, "stream": stream}  # fmt: skip
     if stream:
@@ -287,9 +289,7 @@ def chat_request(
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-_WORDS = ("the", "river", "runs", "slowly", "under", "an", "old", "bridge", "and", "people", "walk", "over",
-          "it", "every", "morning", "when", "light", "is", "still", "low", "between", "houses", "of",
-          "stone")  # fmt: skip
+_WORDS = (common.ROOT / "tests" / "data" / "moby_dick_chapter_1.txt").read_text().split()
 
 
 async def closed_loop(

@@ -95,6 +95,7 @@ class TaskExecutor:
         endpoint = json.loads(self._endpoint.read_text())
         assert endpoint["pid"] == self.process.pid
         self.address, self.metrics_url = endpoint["address"], endpoint["metrics_url"]
+        self.tasks_address: str = endpoint["tasks_address"]
         self.incarnation = endpoint["incarnation"]
         return self
 
@@ -179,9 +180,10 @@ class TaskExecutor:
             assert time.monotonic() < deadline, f"{self.te_id} is not at rest: {status}\n{self.log_text()}"
             await asyncio.sleep(0.05)
 
-    def connect(self, gateway_id: str = "direct") -> WorkerClient:
-        """A gateway's stream to it."""
-        return WorkerClient(self.address, self.token, gateway_id)
+    def connect(self, gateway_id: str = "direct", *, plain: bool = False) -> WorkerClient:
+        """A gateway's stream to it, over gRPC or over a plain connection."""
+        tasks_address = self.tasks_address if plain else ""
+        return WorkerClient(self.address, self.token, gateway_id, tasks_address=tasks_address)
 
 
 @contextlib.asynccontextmanager

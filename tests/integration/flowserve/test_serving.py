@@ -149,9 +149,21 @@ async def test_many_handovers_at_once_stay_apart(executors: Executors) -> None:
         await te.settled()
 
 
-async def test_a_dropped_stream_leaves_no_task_and_no_block(executors: Executors) -> None:
+async def test_a_plain_connection_carries_what_grpc_carries(executors: Executors) -> None:
     te = executors.prefill
-    async with te.connect("gw-lost") as client:
+    expected = await alone(te, MEDIUM)
+    async with te.connect("gw-plain", plain=True) as client:
+        run = await client.generate(MEDIUM, revision=REVISION, max_tokens=TOKENS)
+        refused = await client.generate(SHORT, revision="another@1", max_tokens=TOKENS)
+    assert (run.tokens, run.finish) == (expected.tokens, expected.finish)
+    assert refused.error is not None
+    assert refused.error.code == cpb.ERROR_CODE_MODEL_NOT_LOADED
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["grpc", "plain"])
+async def test_a_dropped_stream_leaves_no_task_and_no_block(executors: Executors, plain: bool) -> None:
+    te = executors.prefill
+    async with te.connect("gw-lost", plain=plain) as client:
         firsts = []
         for number in range(3):
             _, _, first = await client.submit(

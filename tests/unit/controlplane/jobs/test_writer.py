@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,3 +101,19 @@ async def test_an_ended_job_waits_without_its_prompt(bench: Bench) -> None:
     store.down = False
     assert await records.flush()
     assert store.batches == [[job_id]]
+
+
+async def test_a_job_that_ends_soon_is_written_once(bench: Bench) -> None:
+    store = ScriptedStore()
+    records = writer(bench, store)
+    short, long = bench.submit(), bench.submit()
+    long.created_at -= 1000
+    records.changed(short)
+    records.changed(long)
+    short.created_at = time.time()
+    assert await records.flush(60.0)
+    assert store.batches == [[long.job_id]], "the young one runs: it waits"
+    short.cancel("over")
+    records.changed(short)
+    assert await records.flush(60.0)
+    assert store.batches == [[long.job_id], [short.job_id]]
