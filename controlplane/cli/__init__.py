@@ -1,8 +1,8 @@
 """The `deepflow` command: starts and stops a stack on this machine, and talks to any gateway.
 
-Commands live in `stack` (up, down, status, roles), `models`, `jobs`, `chat`, `keys`, `calibrate`,
-`simulate`, and for clusters `crds` and `uninstall`; `output` holds what they share. Heavy imports happen
-inside commands, so that `deepflow --help` answers at once.
+Commands live in `stack` (up, down, status, roles), `models`, `jobs` (with `explain`), `chat`, `keys`,
+`calibrate`, `simulate`, and for clusters `crds` and `uninstall`; `output` holds what they share. Heavy
+imports happen inside commands, so that `deepflow --help` answers at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ app.command("up")(stack.up)
 app.command("down")(stack.down)
 app.command("status")(stack.status)
 app.command("chat")(chat.chat)
+app.command("explain")(jobs.explain)
 app.command("calibrate")(calibrate.calibrate)
 app.command("simulate")(simulate.simulate)
 app.command("uninstall")(uninstall.uninstall)

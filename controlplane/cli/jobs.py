@@ -111,3 +111,46 @@ def _attempt_row(task: dict[str, Any], attempt: dict[str, Any]) -> tuple[object,
 
 def _seconds(begun: float | None, ended: float | None) -> str:
     return "-" if begun is None or ended is None else f"{ended - begun:.2f} s"
+
+
+def explain(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `deepflow jobs list` shows it.")],
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Explain each placement of a job: who was a candidate, what it would have cost, why others were not."""
+    from urllib.parse import quote
+
+    job = get_json(gateway_url(url, state_dir), api_key, f"/deepflow/v1/jobs/{quote(job_id, safe='')}")
+    attempts = [(task, attempt) for task in job.get("tasks", []) for attempt in task.get("attempts", [])]
+    if as_json:
+        print_json([{"task": task["index"], **attempt} for task, attempt in attempts])
+        return
+    if not attempts:
+        print(f"{job['id']} was not placed: {job.get('error') or job.get('state')}")
+    for task, attempt in attempts:
+        decision = attempt.get("decision")
+        print(
+            f"task {task['index']} attempt {attempt['attempt']}: {attempt['kind']} on {attempt['te_id']}"
+            f" ({attempt['reason']}), ended: {attempt.get('outcome') or 'runs'}"
+        )
+        if not decision:
+            continue
+        if decision["heat"] is not None:
+            print(f"heat map {decision['heat']:+.2f} (above 0: split)")
+        print(f"{decision['candidates']} candidates")
+        table(
+            ("EXECUTOR", "QUEUE", "PREFILL", "PRESSURE", "CACHED", "TOTAL", ""),
+            [_score_row(te_id, scores, attempt["te_id"]) for te_id, scores in decision["scores"].items()],
+        )
+        for te_id, why in decision["dropped"].items():
+            print(f"not {te_id}: {why}")
+        print()
+
+
+def _score_row(te_id: str, scores: dict[str, float], chosen: str) -> tuple[object, ...]:
+    seconds = [scores[name] for name in ("queue", "prefill", "pressure")]
+    shown = (f"{value:.3f} s" for value in seconds)
+    return (te_id, *shown, scores["cached_tokens"], f"{sum(seconds):.3f} s", "<" if te_id == chosen else "")

@@ -79,6 +79,10 @@ def up(
         typer.Option(min=1, max=1024, show_default=False, help="Threads of each executor.  "
                      "[default: cores / executors]"),
     ] = None,
+    role_control: Annotated[
+        bool,
+        typer.Option("--role-control/--fixed-roles", help="Whether executors change roles with the load."),
+    ] = False,
     redis_url: Annotated[
         str | None,
         typer.Option(envvar="REDIS_URL", show_default=False,
@@ -114,6 +118,7 @@ def up(
         kv_cache_bytes=parse_bytes(kv_cache_bytes) if kv_cache_bytes else None,
         max_model_len=max_model_len,
         threads=threads,
+        role_control=role_control,
         redis_url=redis_url or None,
         start_timeout=timeout,
     )

@@ -27,8 +27,9 @@ from controlplane.fleet.channel import (
 )
 from controlplane.fleet.member import Member, Unreported
 from controlplane.fleet.registry import Registry
-from controlplane.scheduling.prefix import PrefixIndex
-from controlplane.scheduling.types import ClusterView
+from controlplane.scheduling.columns import Columns, Slots
+from controlplane.scheduling.prefix import Matches, PrefixIndex
+from controlplane.scheduling.types import Policy
 
 EAGER_EXECUTORS = 64
 """Streams are opened at discovery up to so many executors, beyond at first use (ours: a stream costs both
@@ -48,16 +49,22 @@ class FleetView:
         poll_seconds: float = 1.0,
         eager: int = EAGER_EXECUTORS,
         prefix_blocks: int = 262_144,
+        policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = Registry(redis, self._take_records, poll_seconds=poll_seconds)
-        self.prefixes = PrefixIndex(prefix_blocks)
+        self._slots = Slots()
+        self.prefixes = PrefixIndex(prefix_blocks, self._slots)
         self.on_change: Callable[[], None] = lambda: None
         """Called when a task that found no executor may find one now."""
         self._settings = settings
         self._eager = eager
         self._clock = clock
         self._members: dict[str, Member] = {}
+        self._policy = policy or Policy()
+        self._columns: dict[str, Columns] = {}  # per model revision; "" = warm
+        self._revision_of: dict[str, str] = {}  # in whose columns an executor stands
+        self._stale: set[str] = set()  # executors whose row is behind
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -69,16 +76,31 @@ class FleetView:
         now = self._clock()
         return [self._members[te_id].to_json(now) for te_id in sorted(self._members)]
 
-    def cluster_view(self, model_revision: str) -> ClusterView:
-        """A snapshot of the executors that hold the revision."""
-        now = self._clock()
-        return ClusterView(
-            tuple(
-                member.view(now)
-                for member in self._members.values()
-                if member.record.model_revision == model_revision
-            )
-        )
+    def cluster_view(self, model_revision: str) -> Columns:
+        """The executors that hold the revision, now. Good until the next await."""
+        for te_id in self._stale:
+            self._refresh(te_id)
+        self._stale.clear()
+        columns = self._columns.get(model_revision)
+        return columns if columns is not None else Columns(self._policy, self._slots)
+
+    def _refresh(self, te_id: str) -> None:
+        """Brings one row up to date."""
+        member = self._members.get(te_id)
+        revision = None if member is None else member.record.model_revision
+        before = self._revision_of.get(te_id)
+        if before is not None and before != revision:
+            columns = self._columns[before]
+            columns.remove(te_id)
+            if not len(columns):
+                del self._columns[before]
+            del self._revision_of[te_id]
+        if member is None or revision is None:
+            return
+        if revision not in self._columns:
+            self._columns[revision] = Columns(self._policy, self._slots)
+        self._columns[revision].put(member.view(self._clock()))
+        self._revision_of[te_id] = revision
 
     def can_serve(self, model_revision: str) -> bool:
         return any(
@@ -95,7 +117,7 @@ class FleetView:
         }
         return sizes.pop() if len(sizes) == 1 else None
 
-    def cached_blocks(self, hashes: Sequence[bytes]) -> dict[str, int]:
+    def cached_blocks(self, hashes: Sequence[bytes]) -> Matches:
         return self.prefixes.match(hashes)
 
     def link(self, te_id: str) -> Link:
@@ -115,12 +137,14 @@ class FleetView:
         tokens = (len(task.prompt_tokens) + len(task.output_tokens)) // 4
         blocks = -(-tokens // (member.record.block_tokens or 16))
         member.submitted((task.task_id, task.attempt), Unreported(self._clock(), uncached_tokens, blocks))
+        self._stale.add(te_id)
 
     def abort(self, te_id: str, task_id: str, attempt: int, reason: str) -> None:
         """Does nothing if the executor is gone: it drops this gateway's tasks with the stream."""
         member = self._members.get(te_id)
         if member is not None:
             member.heard((task_id, attempt))
+            self._stale.add(te_id)
             member.channel.abort(task_id, attempt, reason)
 
     # -- life ----------------------------------------------------------------------------------------
@@ -155,6 +179,7 @@ class FleetView:
             changed = known.record != record
             known.record = record
             if changed:
+                self._stale.add(te_id)
                 self.on_change()
 
     def _add(self, record: ExecutorRecord) -> None:
@@ -171,6 +196,7 @@ class FleetView:
             lazy=len(self._members) >= self._eager,
         )
         self._members[te_id] = Member(record, channel)
+        self._stale.add(te_id)
         self._runs[te_id] = self._group.create_task(self._run_channel(channel), name=f"channel-{te_id}")
         log.info("executor %s found at %s", te_id, record.address)
 
@@ -188,6 +214,8 @@ class FleetView:
         log.info("executor %s (%s) left", te_id, self._members[te_id].record.address)
         del self._members[te_id]
         self.prefixes.drop(te_id)
+        self._refresh(te_id)
+        self._slots.release(te_id)
         task = self._runs.pop(te_id)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -202,11 +230,13 @@ class FleetView:
         member = self._member_of(channel)
         if member is not None:
             member.reported(welcome.load, self._clock())
+            self._stale.add(channel.te_id)
 
     def _stepped(self, channel: ExecutorChannel, step: StepEvent) -> None:
         te_id, member = channel.te_id, self._member_of(channel)
         if member is None:
             return
+        self._stale.add(te_id)
         if member.awaits:  # a step of running tasks alone, the common one, is not looked through
             for delta in step.deltas:
                 member.heard((delta.task_id, delta.attempt))
@@ -227,6 +257,7 @@ class FleetView:
         member = self._member_of(channel)
         if member is None:
             return
+        self._stale.add(channel.te_id)
         if link in (Link.DOWN, Link.CLOSED):
             member.lost()
             self.prefixes.drop(channel.te_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from deepflow.v1 import common_pb2
 from deepflow.v1.worker_pb2 import TaskDelta, TaskTimings
@@ -26,6 +27,7 @@ class Attempt:
     cached_tokens: int | None = None
     heard: bool = False  # the executor said something of it
     timings: TaskTimings | None = None
+    decision: dict[str, Any] | None = None  # what the placement was chosen by
 
     def end(self, outcome: str, at: float) -> None:
         if self.ended_at is None:
@@ -49,6 +51,7 @@ class Attempt:
             transfer_seconds=timings.transfer_seconds if timings else None,
             compute_seconds=timings.compute_seconds if timings else None,
             preemptions=timings.preemptions if timings else None,
+            decision=self.decision,
         )
 
 

@@ -10,7 +10,7 @@ pause, because nothing was started.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deepflow.v1 import common_pb2
 from deepflow.v1.common_pb2 import TaskError
@@ -115,11 +115,18 @@ class Choice:
     def next_attempt(self) -> int:
         return self.attempts[-1].number + 1 if self.attempts else 1
 
-    def placed(self, kind: common_pb2.TaskKind.ValueType, te_id: str, incarnation: str, reason: str) -> None:
+    def placed(
+        self,
+        kind: common_pb2.TaskKind.ValueType,
+        te_id: str,
+        incarnation: str,
+        reason: str,
+        decision: dict[str, Any] | None = None,
+    ) -> None:
         """An attempt was submitted."""
         host = self._host
         first = not self.attempts
-        attempt = Attempt(self.next_attempt, kind, te_id, incarnation, reason, host.wall())
+        attempt = Attempt(self.next_attempt, kind, te_id, incarnation, reason, host.wall(), decision=decision)
         self._go(_EVENTS[kind])
         self.attempts.append(attempt)
         self.current = attempt

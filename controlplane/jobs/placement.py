@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from deepflow.v1 import common_pb2
 from deepflow.v1.common_pb2 import KVSource
@@ -15,10 +16,10 @@ from controlplane.fleet.view import FleetView
 from controlplane.jobs import metrics, wire
 from controlplane.jobs.choice import Choice
 from controlplane.jobs.states import TaskState
+from controlplane.scheduling.columns import Columns
 from controlplane.scheduling.decide import decide, decide_decode
 from controlplane.scheduling.early import Late, decide_early
 from controlplane.scheduling.types import (
-    ClusterView,
     Decision,
     Draw,
     Mode,
@@ -87,14 +88,14 @@ class Placer:
         return "early"
 
     @staticmethod
-    def _why(choice: Choice, view: ClusterView, reason: Reason, missed: set[str]) -> Reason:
+    def _why(choice: Choice, view: Columns, reason: Reason, missed: set[str]) -> Reason:
         if missed:
             return Reason.BUSY  # their links may be back in a moment
-        if view.executors and all(executor.te_id in choice.never for executor in view.executors):
+        if len(view) and all(executor.te_id in choice.never for executor in view.views):
             return Reason.TOO_LARGE  # each has said so
         return reason
 
-    def _request(self, choice: Choice, view: ClusterView, missed: set[str], *, decoding: bool) -> RequestView:
+    def _request(self, choice: Choice, view: Columns, missed: set[str], *, decoding: bool) -> RequestView:
         job, request = choice.job, choice.job.request
         never = choice.never | missed
         prefer = None
@@ -112,19 +113,25 @@ class Placer:
             or request.max_output_tokens == 0
             or request.sampling.prompt_logprobs is not None,
             cached_tokens=self._cached(choice, view),
+            affinity=self._affinity(choice, view),
             excluded=frozenset(choice.excluded),
             never=frozenset(never),
             prefer=prefer,
         )
 
-    def _cached(self, choice: Choice, view: ClusterView) -> dict[str, int]:
-        if not view.executors or not len(self._fleet.prefixes):
+    def _cached(self, choice: Choice, view: Columns) -> Mapping[str, int]:
+        if not len(view) or not len(self._fleet.prefixes):
             return {}
-        block_tokens = view.executors[0].block_tokens
+        block_tokens = view.views[0].block_tokens
         found = self._fleet.cached_blocks(choice.job.hashes(block_tokens))
         # The last token is computed in any case: it is what the first output token is sampled from.
-        most = len(choice.job.request.prompt) - 1
-        return {te_id: min(blocks * block_tokens, most) for te_id, blocks in found.items()}
+        return found.tokens(block_tokens, len(choice.job.request.prompt) - 1)
+
+    @staticmethod
+    def _affinity(choice: Choice, view: Columns) -> int | None:
+        """Of the prompt's first block: gateways send its cold copies to one executor, whoever they are."""
+        hashes = choice.job.hashes(view.views[0].block_tokens) if len(view) else []
+        return int.from_bytes(hashes[0][:8], "little") if hashes else None
 
     def _submit(
         self, choice: Choice, decision: Decision, *, decoding: bool, early: KVSource | None = None
@@ -169,4 +176,23 @@ class Placer:
         if early is not None:
             choice.placed_early(decision.te_id, decision.incarnation)
         else:
-            choice.placed(kind, decision.te_id, decision.incarnation, decision.reason)
+            choice.placed(kind, decision.te_id, decision.incarnation, decision.reason, explained(decision))
+
+
+def explained(decision: Decision) -> dict[str, Any]:
+    """The decision as its job's record keeps it, for `deepflow explain`."""
+    return {
+        "mode": str(decision.mode),
+        "candidates": decision.candidates,
+        "heat": decision.heat,
+        "scores": {
+            te_id: {
+                "queue": round(terms.queue, 4),
+                "prefill": round(terms.prefill, 4),
+                "pressure": round(terms.pressure, 4),
+                "cached_tokens": terms.cached_tokens,
+            }
+            for te_id, terms in decision.terms.items()
+        },
+        "dropped": {te_id: str(why) for te_id, why in decision.dropped.items()},
+    }

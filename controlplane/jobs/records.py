@@ -32,6 +32,7 @@ class AttemptRecord:
     transfer_seconds: float | None = None
     compute_seconds: float | None = None
     preemptions: int | None = None
+    decision: dict[str, Any] | None = None  # candidates, their scores by term, who was dropped and why
 
 
 @dataclass(frozen=True, slots=True)

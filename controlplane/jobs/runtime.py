@@ -50,6 +50,7 @@ class ServingRuntime:
             poll_seconds=settings.registry_poll_seconds,
             eager=settings.eager_group_size,
             prefix_blocks=settings.prefix_blocks,
+            policy=settings.scheduling,
         )
         self._executor = JobExecutor(self._fleet, settings, on_changed=self._changed)
         self._writer = RecordWriter(self._store, lambda: self._executor.live_jobs, settings)

@@ -39,7 +39,7 @@ class RuntimeSettings(BaseModel):
     cluster_token: str = Field(default_factory=_token, repr=False, description=f"Default: ${TOKEN_ENV}.")
 
     # Policy (scheduling.Policy).
-    policy: Literal["round_robin", "least_loaded", "prefix_affinity"] = "prefix_affinity"
+    policy: Literal["round_robin", "least_loaded", "prefix_affinity", "combined"] = "combined"
     disaggregate_min_uncached_tokens: int = Field(
         0,
         ge=0,

@@ -28,6 +28,7 @@ log = logging.getLogger("deepflow.local")
 
 POLL_STARTING_SECONDS = 0.1
 POLL_READY_SECONDS = 2.0
+POLL_CONTROLLED_SECONDS = 0.5  # where role control looks each second
 STATUS_TIMEOUT_SECONDS = 10.0
 LOAD_TIMEOUT_SECONDS = 1800.0  # large weights from a slow disk
 # Start of the interpreter and its libraries: about 5 s on two idle cores; ours, for busy ones.
@@ -96,6 +97,7 @@ class Executor:
         epochs: RoleEpochs,
         token: str,
         on_change: Callable[[], None],
+        poll_seconds: float = POLL_READY_SECONDS,
     ) -> None:
         self.te_id = te_id
         self.child = child
@@ -113,6 +115,7 @@ class Executor:
         self._epoch = epochs.next()
         self._metadata = call_metadata(token)
         self._on_change = on_change
+        self._poll_seconds = poll_seconds
         self._wake = asyncio.Event()
 
     def set_role(self, role: RoleName) -> int:
@@ -170,7 +173,7 @@ class Executor:
                 self._set_ready(False, f"{error.code().name}: {error.details()}")
                 if time.monotonic() - answered > UNRESPONSIVE_SECONDS and self.child.pid == pid:
                     self.child.kill(f"gave no answer for {UNRESPONSIVE_SECONDS:.0f} s ({error.code().name})")
-            wait = POLL_READY_SECONDS if self.ready else POLL_STARTING_SECONDS
+            wait = self._poll_seconds if self.ready else POLL_STARTING_SECONDS
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait)
 

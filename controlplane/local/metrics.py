@@ -23,4 +23,12 @@ EXECUTOR_READY = Gauge(
     ["te"],
     registry=REGISTRY,
 )
+ROLE_SCORE = Gauge(
+    "deepflow_local_role_score", "Load of a side, 1 = as much as it can take", ["model", "side"],
+    registry=REGISTRY,
+)  # fmt: skip
+OVERLOADED = Gauge(
+    "deepflow_local_overloaded", "1 while both sides are at capacity: more executors are wanted", ["model"],
+    registry=REGISTRY,
+)  # fmt: skip
 ROLE_CHANGES = Counter("deepflow_local_role_changes", "Roles set on executors", ["role"], registry=REGISTRY)

@@ -51,6 +51,7 @@ class StackSettings:
     kv_cache_bytes: int | None = None  # per executor; None = default_kv_bytes()
     max_model_len: int = 0  # 0 = the model's own
     threads: int | None = None  # per executor; None = cores / executors
+    role_control: bool = False  # roles follow the load, else they stay as the topology and the operator say
     redis_url: str | None = None  # None = an embedded Valkey
     start_timeout: float = 600.0  # seconds until ready, downloads not counted
 

@@ -25,10 +25,17 @@ from prometheus_client import start_http_server
 from controlplane.local import commands, control, metrics, valkey
 from controlplane.local.children import Child, ChildSpec
 from controlplane.local.errors import StackError
-from controlplane.local.executors import Executor, ModelTarget, RoleEpochs
+from controlplane.local.executors import (
+    POLL_CONTROLLED_SECONDS,
+    POLL_READY_SECONDS,
+    Executor,
+    ModelTarget,
+    RoleEpochs,
+)
 from controlplane.local.leftovers import clear, state_lock
 from controlplane.local.listener import bind
 from controlplane.local.processes import own_record
+from controlplane.local.rolecontrol import CYCLE_SECONDS, RoleControl
 from controlplane.local.settings import (
     ModelSpec,
     StackSettings,
@@ -67,6 +74,7 @@ class Supervisor:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._executors: dict[str, Executor] = {}
+        self._roles: RoleControl | None = None
         self._revisions: dict[str, str] = {}
         self._steps: deque[str] = deque(maxlen=STEPS_KEPT)
         self._started = time.time()
@@ -96,6 +104,8 @@ class Supervisor:
                     self.state = "ready"
                     self._step("ready")
                     self._own_task(self._housekeeping(), "housekeeping")
+                    if self._roles is not None:
+                        self._own_task(self._control_roles(self._roles), "role-control")
                     await self._stop.wait()
             finally:
                 await self._shutdown()
@@ -143,10 +153,13 @@ class Supervisor:
                     epochs=epochs,
                     token=env["DEEPFLOW_CLUSTER_TOKEN"],
                     on_change=self._changed,
+                    poll_seconds=POLL_CONTROLLED_SECONDS if settings.role_control else POLL_READY_SECONDS,
                 )
                 self._executors[te_id] = executor
                 by_model[model.id].append(executor)
                 self._own_task(executor.tend(), f"tend-{te_id}")
+        if settings.role_control:
+            self._roles = RoleControl(by_model)
         threads = settings.threads or threads_per_executor(settings.executors, cores())
         self._step(f"starting {number} executors ({threads} threads each)")
         catalogue = []
@@ -288,6 +301,8 @@ class Supervisor:
                     raise ValueError(f"no executor '{te_id}' (there are: {', '.join(self._executors)})")
                 if role not in list(RoleName):
                     raise ValueError(f"no role '{role}' (there are: {', '.join(RoleName)})")
+                if self._roles is not None:
+                    self._roles.pin(te_id)
                 return {"te": te_id, "role": role, "epoch": executor.set_role(RoleName(role))}
         raise ValueError("unknown command")
 
@@ -306,6 +321,7 @@ class Supervisor:
                  "revision": self._revisions.get(m.id, "")}
                 for m in self.settings.models
             ],
+            "roles": self._roles.describe() if self._roles is not None else {},
             "executors": [executor.describe() for executor in self._executors.values()],
             "children": [
                 {"name": c.spec.name, "kind": c.spec.kind, "pid": c.pid, "state": c.state,
@@ -339,6 +355,11 @@ class Supervisor:
             for child in self._children:
                 await asyncio.to_thread(child.rotate_log)
             self._changed()
+
+    async def _control_roles(self, roles: RoleControl) -> None:
+        while True:
+            await asyncio.sleep(CYCLE_SECONDS)
+            roles.cycle()
 
     # -- stop --------------------------------------------------------------------------------------
 

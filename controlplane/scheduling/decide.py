@@ -1,16 +1,22 @@
-"""Filter, choose the mode, score, pick: one pass over an immutable view.
+"""Filter, choose the mode, score, pick: a few passes over the columns of the view.
 
-`decide` places a new (or replayed) task, `decide_decode` the decode task of a finished prefill. The
-choice between unified and disaggregated follows DeepServe's observation that only uncached prompt
-tokens cost prefill time; decode executors are chosen late because load has moved on by then.
+`decide` places a new (or replayed) task, `decide_decode` the decode task of a finished prefill. DeepServe's
+combined policy (section 5) with its three parts as one estimate in seconds: a candidate costs the queue in
+front of it plus the prompt's uncached part at its own rate, so that a cached prefix counts for exactly what
+it saves. The choice between unified and split looks at uncached tokens, the heat map and, where the paper's
+policy loses, at load. Decode executors are chosen late because load has moved on by then.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
+import numpy as np
+import numpy.typing as npt
 
+from controlplane.scheduling import columns as c
+from controlplane.scheduling.columns import Columns, Floats, mixed
+from controlplane.scheduling.prefix import Matches
 from controlplane.scheduling.types import (
+    MAX_TOLD,
     ClusterView,
     Decision,
     Draw,
@@ -22,75 +28,322 @@ from controlplane.scheduling.types import (
     Reason,
     RequestView,
     Role,
+    Terms,
     Unplaceable,
 )
 
-_Score = Callable[[ExecutorView], float]
+Mask = npt.NDArray[np.bool_]
 
 
 def decide(
-    view: ClusterView, request: RequestView, policy: Policy, draw: Draw | None = None
+    view: ClusterView | Columns, request: RequestView, policy: Policy, draw: Draw | None = None
 ) -> Decision | Unplaceable:
     """Where the task runs first. Never raises; the same arguments give the same answer."""
-    draw = draw or Draw()
-    fit, dropped = _filter(view, request, policy, decode=False)
-    if not fit:
-        return Unplaceable(_why(dropped), dropped)
-
-    def score(executor: ExecutorView) -> float:
-        return prefill_seconds(executor, request, policy)
-
-    prefills = [executor for executor in fit if executor.role is Role.PREFILL]
-    if prefills and not request.unified_only:
-        decodes, _ = _filter(view, request, policy, decode=True)
-        chosen = _pick(prefills, request, policy, draw, score)
-        others = [executor for executor in decodes if executor.role is Role.DECODE]
-        if others and request.tokens - _cached(chosen, request) >= policy.min_uncached_tokens:
-            return _decision(Mode.DISAGGREGATED, chosen, prefills, request, score, dropped, "both roles fit")
-        reason = "short uncached prompt" if others else "no decode executor is fit"
-    else:
-        reason = "unified asked for" if request.unified_only else "no prefill executor is fit"
-    candidates = _unified_candidates(fit, short=reason == "short uncached prompt")
-    chosen = _pick(candidates, request, policy, draw, score)
-    return _decision(Mode.UNIFIED, chosen, candidates, request, score, dropped, reason)
+    look = _Look(view, request, policy, draw or Draw())
+    fit = look.fit(decode=False)
+    if fit is None:
+        return look.unplaceable()
+    heat: float | None = None
+    reason = "unified asked for" if request.unified_only else "no prefill executor is fit"
+    prefills = fit & look.role(Role.PREFILL)
+    if not request.unified_only and prefills.any():
+        decoders = look.open & look.has_room(decode=True)
+        row = look.pick(prefills)
+        uncached = request.tokens - int(look.cached[row])
+        reason, heat = look.split_or_not(row, fit, decoders, uncached)
+        if reason in _SPLITS:
+            return look.decision(Mode.DISAGGREGATED, row, prefills, reason, heat)
+    candidates = look.unified(fit, short=reason in _WHOLE_AT_DECODE)
+    return look.decision(Mode.UNIFIED, look.pick(candidates), candidates, reason, heat)
 
 
 def decide_decode(
-    view: ClusterView, request: RequestView, policy: Policy, draw: Draw | None = None
+    view: ClusterView | Columns, request: RequestView, policy: Policy, draw: Draw | None = None
 ) -> Decision | Unplaceable:
     """Where the KV of a finished prefill goes. Put the prefill's executor into `request.never`.
 
     Decode and colocated executors are candidates; prefill ones only if there is no other.
     """
-    draw = draw or Draw()
-    fit, dropped = _filter(view, request, policy, decode=True)
-    if not fit:
-        return Unplaceable(_why(dropped), dropped)
-
-    def score(executor: ExecutorView) -> float:
-        return decode_pressure(executor, request, policy)
-
-    candidates = (
-        [executor for executor in fit if executor.role is Role.DECODE]
-        or [executor for executor in fit if executor.role is Role.COLOCATED]
-        or fit
-    )
-    preferred = [executor for executor in candidates if executor.te_id == request.prefer]
-    if policy.name is PolicyName.ROUND_ROBIN and not preferred:
-        chosen = _turn(candidates, draw)
+    look = _Look(view, request, policy, draw or Draw())
+    fit = look.fit(decode=True)
+    if fit is None:
+        return look.unplaceable(decode=True)
+    if policy.name is PolicyName.COMBINED:
+        candidates = fit & ~look.role(Role.PREFILL)  # a colocated one may be the less loaded
     else:
-        least = min(map(score, candidates))
+        candidates = fit & look.role(Role.DECODE)
+    if not candidates.any():
+        candidates = fit & look.role(Role.COLOCATED)
+    if not candidates.any():
+        candidates = fit
+    row = look.pick_decode(candidates)
+    return look.decision(Mode.DISAGGREGATED, row, candidates, "least pressure", None, decode=True)
+
+
+COLOCATED_PRESSURE = 1.25
+"""Steps of executors that do not prefer decoding carry prefills too: by so much they must be less loaded
+(ours)."""
+SHORT = "short uncached prompt"
+GUARD = "prefill executors are behind"
+MAP_AGAINST = "heat map: run whole"
+MAP_FOR = "heat map: split"
+BOTH_FIT = "both roles fit"
+NO_DECODE = "no decode executor is fit"
+_SPLITS = (BOTH_FIT, MAP_FOR)
+_WHOLE_AT_DECODE = (SHORT, GUARD, MAP_AGAINST)
+
+
+class _Look:
+    """One decision's work: masks and costs over the rows, each computed once."""
+
+    def __init__(self, view: ClusterView | Columns, request: RequestView, policy: Policy, draw: Draw) -> None:
+        table = view if isinstance(view, Columns) else Columns.of(view.executors, policy)
+        self.table, self.request, self.policy, self.draw = table, request, policy, draw
+        self.data = table.data[:, : len(table)]
+        self.cached = self._cached()
+        self._cost: Floats | None = None
+
+    # -- filter ----------------------------------------------------------------------------------------
+
+    def fit(self, *, decode: bool) -> Mask | None:
+        """Rows that can take the task now, those to be avoided only if there is no other. None: nobody."""
+        data, request = self.data, self.request
+        if not len(self.table):
+            return None
+        usable = data[c.USABLE] > 0
+        if self.table.revisions > 1 or self.table.revision(request.model_revision) < 0:
+            usable &= data[c.REVISION] == self.table.revision(request.model_revision)
+        usable &= data[c.STEP_AGE] <= self.policy.max_step_age_seconds
+        usable &= data[c.FREE_TASKS] > 0
+        usable &= data[c.MAX_LEN] >= request.tokens
+        self.needed = np.ceil(request.tokens / data[c.BLOCK])
+        usable &= data[c.LARGEST] >= self.needed
+        for te_id in request.never:
+            row = self.table.row(te_id)
+            if row is not None:
+                usable[row] = False
+        self.open = usable  # but for room, which the two halves need differently
+        fit = usable & self.has_room(decode=decode)
+        if not fit.any():
+            return None
+        if request.excluded:
+            others = fit.copy()
+            for te_id in request.excluded:
+                row = self.table.row(te_id)
+                if row is not None:
+                    others[row] = False
+            if others.any():
+                fit = others
+        return self._sampled(fit)
+
+    def has_room(self, *, decode: bool) -> Mask:
+        request = self.request
+        grow = min(request.output_left, self.policy.decode_growth_tokens) if decode else 1
+        return self.data[c.ROOM] * self.data[c.BLOCK] >= request.tokens + grow  # type: ignore[no-any-return]  # numpy
+
+    def _sampled(self, fit: Mask) -> Mask:
+        """Power of k: the k that a seeded shuffle puts first, and whoever caches the prompt."""
+        k = self.policy.sample
+        if not k or int(fit.sum()) <= k:
+            return fit
+        order = mixed(self.table.salts[: len(self.table)], self.draw.seed)
+        order[~fit] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+        kept = np.zeros(len(self.table), dtype=bool)
+        kept[np.argpartition(order, k)[:k]] = True
+        return fit & (kept | (self.cached > 0))
+
+    def role(self, role: Role) -> Mask:
+        return self.data[c.ROLE] == c.ROLES[role]  # type: ignore[no-any-return]  # numpy's bool array
+
+    def _cached(self) -> Floats:
+        table, known = self.table, self.request.cached_tokens
+        if isinstance(known, Matches) and known.slots is table.slots:
+            found = table.by_row(known.by_slot())
+        else:
+            found = np.zeros(len(table))
+            for te_id, tokens in known.items():
+                row = table.row(te_id)
+                if row is not None:
+                    found[row] = tokens
+        return np.minimum(found, self.request.tokens)
+
+    # -- mode ------------------------------------------------------------------------------------------
+
+    def split_or_not(self, row: int, fit: Mask, decoders: Mask, uncached: int) -> tuple[str, float | None]:
+        """Why the task is split, with `row` for its prefill, or run whole; and the heat map's opinion."""
+        request, policy = self.request, self.policy
+        combined = policy.name is PolicyName.COMBINED
+        partners = self.role(Role.DECODE)
+        if combined:
+            partners = partners | self.role(Role.COLOCATED)
+        elsewhere = decoders & partners
+        if request.excluded:
+            for te_id in request.excluded:
+                other = self.table.row(te_id)
+                if other is not None:
+                    elsewhere[other] = False
+        if not elsewhere.any():
+            return NO_DECODE, None
+        if uncached < policy.min_uncached_tokens:
+            return SHORT, None
+        heat = None
+        if policy.heat_map is not None:
+            expected = request.predicted_output or request.output_left
+            heat = policy.heat_map.value(uncached, expected)
+            if heat is not None and heat < 0:
+                return MAP_AGAINST, heat
+        if combined:
+            whole = fit & partners
+            if whole.any():
+                cost = self.prefill_cost()
+                bound = float(cost[whole].min()) * policy.guard_ratio + policy.guard_seconds
+                if float(cost[row]) > bound:
+                    return GUARD, heat
+        return (BOTH_FIT, None) if heat is None else (MAP_FOR, heat)
+
+    def unified(self, fit: Mask, *, short: bool) -> Mask:
+        """Colocated executors first. A short prompt beside a P/D pair goes where decoding happens anyway;
+        the combined policy lets decode executors help where the colocated ones have nothing over them."""
+        colocated = fit & self.role(Role.COLOCATED)
+        if self.policy.name is PolicyName.COMBINED:
+            if (colocated.any() and not self.request.unified_only) or short:
+                colocated = fit & ~self.role(Role.PREFILL)
+        elif short and not colocated.any():
+            colocated = fit & self.role(Role.DECODE)
+        return colocated if colocated.any() else fit
+
+    # -- scores ----------------------------------------------------------------------------------------
+
+    def prefill_cost(self) -> Floats:
+        """Estimated seconds until the first token: the queue, then the uncached prompt."""
+        if self._cost is None:
+            self._cost = self.data[c.QUEUE] + (self.request.tokens - self.cached) * self.data[c.TOKEN]
+        return self._cost
+
+    def pressure(self) -> Floats:
+        """Of a decode: the step it joins, over the share of KV left when it has grown as predicted."""
+        data, request = self.data, self.request
+        needed = self.needed
+        if request.predicted_output:
+            needed = np.ceil((request.tokens + request.predicted_output) / data[c.BLOCK])
+        share = np.clip(np.maximum(data[c.FREE] - needed, 1) / data[c.TOTAL], None, 1.0)
+        mixed_steps = np.where(self.role(Role.DECODE), 1.0, COLOCATED_PRESSURE)
+        return data[c.STEP] * (data[c.TASKS] + 1) / share * mixed_steps  # type: ignore[no-any-return]  # numpy
+
+    def pick(self, candidates: Mask) -> int:
+        """Row of the best for a prefill or a whole task."""
+        policy, request = self.policy, self.request
+        if policy.name is PolicyName.ROUND_ROBIN and not self._prefers(candidates):
+            return self._turn(candidates)
+        queue = np.where(candidates, self.data[c.QUEUE], c.INF)
+        if request.prefer is not None or policy.name is PolicyName.PREFIX_AFFINITY:
+            bound = float(queue.min()) * policy.affinity_slack_ratio + policy.affinity_slack_seconds
+            row = self.table.row(request.prefer) if request.prefer is not None else None
+            if row is not None and candidates[row] and queue[row] <= bound:
+                return row
+        if policy.name is PolicyName.ROUND_ROBIN:
+            return self._turn(candidates)
+        if policy.name is PolicyName.PREFIX_AFFINITY:
+            near = np.where(queue <= bound, self.cached, -1.0)
+            candidates = near == near.max()
+        cost = np.where(candidates, self.prefill_cost(), c.INF)
+        best = int(cost.argmin())
+        slack = 0.0
+        if policy.name is PolicyName.COMBINED and request.affinity is not None:
+            slack = policy.tie_share * request.tokens * float(self.data[c.TOKEN, best])
+        return self._among(np.flatnonzero(cost <= cost[best] + slack), affine=slack > 0)
+
+    def pick_decode(self, candidates: Mask) -> int:
+        policy, request = self.policy, self.request
+        row = self.table.row(request.prefer) if request.prefer is not None else None
+        preferred = row is not None and bool(candidates[row])
+        if policy.name is PolicyName.ROUND_ROBIN and not preferred:
+            return self._turn(candidates)
+        score = np.where(candidates, self.pressure(), c.INF)
+        least = float(score.min())
         bound = least * policy.affinity_slack_ratio + policy.affinity_slack_seconds
-        near = [executor for executor in preferred if score(executor) <= bound] or candidates
-        chosen = min(near, key=lambda executor: (score(executor), _jitter(executor, draw)))
-    return _decision(Mode.DISAGGREGATED, chosen, candidates, request, score, dropped, "least pressure")
+        if preferred and row is not None and score[row] <= bound:
+            return row
+        return self._among(np.flatnonzero(score == least), affine=False)
 
+    def _prefers(self, candidates: Mask) -> bool:
+        row = self.table.row(self.request.prefer) if self.request.prefer is not None else None
+        return row is not None and bool(candidates[row])
 
-def prefill_seconds(executor: ExecutorView, request: RequestView, policy: Policy) -> float:
-    """Estimated seconds until the first token: the queue, then the uncached prompt."""
-    uncached = max(0, request.tokens - _cached(executor, request))
-    rate = executor.prefill_tokens_per_second or policy.default_prefill_rate
-    return queue_seconds(executor, policy) + uncached / rate
+    def _among(self, rows: npt.NDArray[np.intp], *, affine: bool) -> int:
+        """Of equals: the one that the prompt hashes to (each gateway finds the same), else a seeded draw."""
+        if len(rows) == 1:
+            return int(rows[0])
+        seed = self.request.affinity if affine and self.request.affinity is not None else self.draw.seed
+        return int(rows[mixed(self.table.salts[rows], seed).argmin()])
+
+    def _turn(self, candidates: Mask) -> int:
+        views = self.table.views
+        ordered = sorted(np.flatnonzero(candidates).tolist(), key=lambda row: views[row].te_id)
+        return int(ordered[self.draw.turn % len(ordered)])
+
+    # -- answers ---------------------------------------------------------------------------------------
+
+    def decision(
+        self, mode: Mode, row: int, candidates: Mask, reason: str, heat: float | None, *, decode: bool = False
+    ) -> Decision:
+        chosen = self.table.views[row]
+        rows = np.flatnonzero(candidates)
+        cost = self.pressure() if decode else self.prefill_cost()
+        told = [int(r) for r in (rows if len(rows) <= MAX_TOLD else self._tops(rows, cost))]
+        if row not in told:
+            told.append(row)
+        data = self.data
+        terms = {}
+        for r in told:
+            cached = int(self.cached[r])
+            token = float(data[c.TOKEN, r])
+            terms[self.table.views[r].te_id] = (
+                Terms(0.0, 0.0, float(cost[r]), cached)
+                if decode
+                else Terms(float(data[c.QUEUE, r]), (self.request.tokens - cached) * token, 0.0, cached)
+            )
+        dropped = self._dropped(candidates, decode=decode)
+        cached = int(self.cached[row])
+        return Decision(
+            mode, chosen.te_id, chosen.incarnation, cached, reason, terms, dropped, len(rows), heat
+        )
+
+    def _tops(self, rows: npt.NDArray[np.intp], cost: Floats) -> list[int]:
+        part = self.cached[rows], cost[rows], self.data[c.QUEUE, rows]
+        return list(
+            dict.fromkeys(int(rows[at]) for at in (part[0].argmax(), part[1].argmin(), part[2].argmin()))
+        )
+
+    def _dropped(self, candidates: Mask, *, decode: bool) -> dict[str, Drop]:
+        told: dict[str, Drop] = {}
+        if len(self.table) == int(candidates.sum()):
+            return told
+        for row in np.flatnonzero(~(self.open & self.has_room(decode=decode)))[:MAX_TOLD]:
+            view = self.table.views[row]
+            why = dropped_for(view, self.request, self.policy, decode=decode)
+            if why is not None:
+                told[view.te_id] = why
+        for te_id in self.request.excluded:
+            row_of = self.table.row(te_id)
+            if row_of is not None and not candidates[row_of] and te_id not in told:
+                told[te_id] = Drop.EXCLUDED
+        return told
+
+    def unplaceable(self, *, decode: bool = False) -> Unplaceable:
+        """Nobody: each is asked why, as that decides between waiting and giving up."""
+        dropped: dict[str, Drop] = {}
+        reasons: set[Drop] = set()
+        for view in self.table.views:
+            why = dropped_for(view, self.request, self.policy, decode=decode)
+            if why is not None:
+                reasons.add(why)
+                if len(dropped) < MAX_TOLD:
+                    dropped[view.te_id] = why
+        if any(why.passes for why in reasons):
+            return Unplaceable(Reason.BUSY, dropped)
+        too_large = Drop.TOO_LARGE in reasons
+        return Unplaceable(Reason.TOO_LARGE if too_large else Reason.NO_EXECUTOR, dropped)
 
 
 def queue_seconds(executor: ExecutorView, policy: Policy) -> float:
@@ -100,18 +353,10 @@ def queue_seconds(executor: ExecutorView, policy: Policy) -> float:
     return executor.queued_tokens / rate + executor.tasks * step
 
 
-def decode_pressure(executor: ExecutorView, request: RequestView, policy: Policy) -> float:
-    """Grows with the tasks that share a step, and without limit as KV runs out."""
-    step = executor.decode_step_seconds or policy.default_step_seconds
-    free = executor.kv_blocks_free - _blocks(executor, request.tokens)
-    share = max(free, 1) / max(executor.kv_blocks_total, 1)
-    return step * (executor.tasks + 1) / min(share, 1.0)
-
-
 def dropped_for(
     executor: ExecutorView, request: RequestView, policy: Policy, *, decode: bool = False
 ) -> Drop | None:
-    """Why the executor cannot take the task now; None if it can."""
+    """Why the executor cannot take the task now; None if it can. Says what `decide` filters by."""
     need = request.tokens + (min(request.output_left, policy.decode_growth_tokens) if decode else 1)
     if not executor.ready:
         return Drop.NOT_READY
@@ -137,85 +382,5 @@ def dropped_for(
     return None
 
 
-def _filter(
-    view: ClusterView, request: RequestView, policy: Policy, *, decode: bool
-) -> tuple[list[ExecutorView], dict[str, Drop]]:
-    fit: list[ExecutorView] = []
-    avoided: list[ExecutorView] = []
-    dropped: dict[str, Drop] = {}
-    for executor in view.executors:
-        why = dropped_for(executor, request, policy, decode=decode)
-        if why is not None:
-            dropped[executor.te_id] = why
-        elif executor.te_id in request.excluded:
-            avoided.append(executor)
-        else:
-            fit.append(executor)
-    if fit:
-        dropped.update((executor.te_id, Drop.EXCLUDED) for executor in avoided)
-        return fit, dropped
-    return avoided, dropped
-
-
-def _why(dropped: dict[str, Drop]) -> Reason:
-    reasons = set(dropped.values())
-    if any(reason.passes for reason in reasons):
-        return Reason.BUSY
-    return Reason.TOO_LARGE if Drop.TOO_LARGE in reasons else Reason.NO_EXECUTOR
-
-
-def _unified_candidates(fit: list[ExecutorView], *, short: bool) -> list[ExecutorView]:
-    """Colocated executors first. A short prompt beside a P/D pair goes where decoding happens anyway."""
-    colocated = [executor for executor in fit if executor.role is Role.COLOCATED]
-    if colocated:
-        return colocated
-    if short:
-        return [executor for executor in fit if executor.role is Role.DECODE] or fit
-    return fit
-
-
-def _pick(
-    candidates: Sequence[ExecutorView], request: RequestView, policy: Policy, draw: Draw, score: _Score
-) -> ExecutorView:
-    queues = {executor.te_id: queue_seconds(executor, policy) for executor in candidates}
-    bound = min(queues.values()) * policy.affinity_slack_ratio + policy.affinity_slack_seconds
-    for executor in candidates:
-        if executor.te_id == request.prefer and queues[executor.te_id] <= bound:
-            return executor
-    if policy.name is PolicyName.ROUND_ROBIN:
-        return _turn(candidates, draw)
-    if policy.name is PolicyName.PREFIX_AFFINITY:
-        near = [executor for executor in candidates if queues[executor.te_id] <= bound]
-        longest = max(_cached(executor, request) for executor in near)
-        candidates = [executor for executor in near if _cached(executor, request) == longest]
-    return min(candidates, key=lambda executor: (score(executor), _jitter(executor, draw)))
-
-
-def _turn(candidates: Sequence[ExecutorView], draw: Draw) -> ExecutorView:
-    ordered = sorted(candidates, key=lambda executor: executor.te_id)
-    return ordered[draw.turn % len(ordered)]
-
-
-def _decision(  # noqa: PLR0917  # one call's parts, in the order of the record
-    mode: Mode,
-    chosen: ExecutorView,
-    candidates: Sequence[ExecutorView],
-    request: RequestView,
-    score: _Score,
-    dropped: dict[str, Drop],
-    reason: str,
-) -> Decision:
-    scores = {executor.te_id: score(executor) for executor in candidates}
-    return Decision(mode, chosen.te_id, chosen.incarnation, _cached(chosen, request), reason, scores, dropped)
-
-
-def _cached(executor: ExecutorView, request: RequestView) -> int:
-    return min(request.cached_tokens.get(executor.te_id, 0), request.tokens)
-
-
 def _blocks(executor: ExecutorView, tokens: int) -> int:
     return -(-tokens // max(executor.block_tokens, 1))
-
-
-def _jitter(executor: ExecutorView, draw: Draw) -> int:
-    return zlib.crc32(f"{draw.seed}/{executor.te_id}".encode())

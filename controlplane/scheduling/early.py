@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlplane.scheduling.columns import Columns
 from controlplane.scheduling.decide import decide_decode
 from controlplane.scheduling.types import (
     ClusterView,
@@ -31,7 +32,7 @@ class Late:
 
 
 def decide_early(
-    view: ClusterView,
+    view: ClusterView | Columns,
     request: RequestView,
     policy: Policy,
     draw: Draw | None = None,
@@ -48,17 +49,18 @@ def decide_early(
         return Late("off")
     if handovers_waiting:
         return Late("handovers wait for decode executors")
-    decision = decide_decode(view, request, policy, draw)
+    table = view if isinstance(view, Columns) else Columns.of(view.executors, policy)
+    decision = decide_decode(table, request, policy, draw)
     if isinstance(decision, Unplaceable):
         return Late(f"no decode executor: {decision.reason}")
-    executors = {executor.te_id: executor for executor in view.executors}
-    chosen = executors[decision.te_id]
+    chosen = table.executor(decision.te_id)
+    assert chosen is not None  # it was decided for
     if chosen.role is not Role.DECODE:
         return Late("no executor prefers decoding")
     if _free_share_after(chosen, request) < policy.early_free_share:
         return Late("the decode executor's KV is short")
     others = len(decision.scores) > 1
-    if others and _prefill_left(executors.get(prefill_te), request, policy) > policy.early_horizon_seconds:
+    if others and _prefill_left(table.executor(prefill_te), request, policy) > policy.early_horizon_seconds:
         return Late("the load moves sooner than the prefill ends")
     return decision
 

@@ -1,17 +1,67 @@
-"""Which executor holds which prefix blocks: block identity -> set of executors.
+"""The global prompt tree: which executor holds which prefix blocks (DeepServe section 5.2).
 
 Fed by the executors' exact, numbered cache events; asked by the job executor before `decide`. Block
-identities chain over all tokens before them, so a flat table is the prompt tree: the longest cached
-prefix is the longest run of leading identities that one executor holds.
+identities chain over model, tenant salt and all tokens before them, so a flat table is one tree per model
+and tenant: the longest cached prefix is the longest run of leading identities that one executor holds.
+Holders are bit sets over slots; which of them count now (role, load, health) is the decision's question.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from controlplane.scheduling.columns import Floats, Slots
 
 DEFAULT_MAX_BLOCKS = 262_144
-"""Identities remembered over all executors (ours: 4 M tokens at 16 a block, some tens of MiB)."""
+"""Identities remembered over all executors (ours: 4 M tokens at 16 a block; about 300 bytes each)."""
+FEW = 16
+"""Bits that are read one by one; more are unpacked at once (ours, where both take the same time)."""
+
+
+class Matches(Mapping[str, int]):
+    """Length of the cached prefix per executor that has one; as a mapping, or by slot."""
+
+    __slots__ = ("_runs", "slots")
+
+    def __init__(self, slots: Slots, runs: Sequence[tuple[int, int]]) -> None:
+        self.slots = slots
+        self._runs = runs  # (bit set of slots, length), disjoint
+
+    def tokens(self, block_tokens: int, most: int) -> Matches:
+        """Blocks to tokens, at most `most`."""
+        return Matches(self.slots, [(mask, min(count * block_tokens, most)) for mask, count in self._runs])
+
+    def by_slot(self) -> Floats:
+        size = self.slots.size
+        found = np.zeros(size)
+        for holders, length in self._runs:
+            mask = holders
+            if mask.bit_count() <= FEW:
+                while mask:
+                    low = mask & -mask
+                    found[low.bit_length() - 1] = length
+                    mask ^= low
+            else:
+                raw = np.frombuffer(mask.to_bytes(-(-size // 8), "little"), dtype=np.uint8)
+                found[np.unpackbits(raw, count=size, bitorder="little").view(bool)] = length
+        return found
+
+    def __getitem__(self, te_id: str) -> int:
+        slot = self.slots.get(te_id)
+        if slot is not None:
+            for mask, length in self._runs:
+                if mask >> slot & 1:
+                    return length
+        raise KeyError(te_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return (te_id for te_id, slot in self.slots if any(mask >> slot & 1 for mask, _ in self._runs))
+
+    def __len__(self) -> int:
+        return sum(mask.bit_count() for mask, _ in self._runs)
 
 
 class PrefixIndex:
@@ -19,14 +69,17 @@ class PrefixIndex:
     less affine). An executor that is not followed, or whose numbering shows a gap, matches nothing until
     its next snapshot."""
 
-    def __init__(self, max_blocks: int = DEFAULT_MAX_BLOCKS) -> None:
+    def __init__(self, max_blocks: int = DEFAULT_MAX_BLOCKS, slots: Slots | None = None) -> None:
+        """`slots` shared with a `Columns` are released by their owner, after `drop`."""
         if max_blocks < 1:
             raise ValueError("max_blocks must be positive")
         self._max_blocks = max_blocks
         # Identity -> bit set of slots. Ordered: a plain dict's first key is found past all that was dropped.
         self._holders: OrderedDict[bytes, int] = OrderedDict()
-        self._slots: dict[str, int] = {}
-        self._free: list[int] = []
+        self._own_slots = slots is None
+        self._slots = slots or Slots()
+        self._blocks: dict[str, set[bytes]] = {}  # what each holds, so that one that leaves costs its own
+        self._names: dict[int, str] = {}  # slot -> executor, as in _blocks
         self._next: dict[str, int | None] = {}  # number of the next change; None = waiting for a snapshot
         self.evicted = 0
         self.gaps = 0
@@ -77,55 +130,69 @@ class PrefixIndex:
         """The executor is gone, or its stream: nothing is known of it until the next snapshot."""
         self._forget_blocks(te_id)
         self._next.pop(te_id, None)
-        slot = self._slots.pop(te_id, None)
-        if slot is not None:
-            self._free.append(slot)
+        if self._own_slots:
+            self._slots.release(te_id)
 
-    def match(self, hashes: Sequence[bytes]) -> dict[str, int]:
+    def match(self, hashes: Sequence[bytes]) -> Matches:
         """Leading blocks of `hashes` that each executor holds; executors that hold none are left out."""
-        found: dict[str, int] = {}
-        alive = -1
-        for count, identity in enumerate(hashes):
-            holders = self._holders.get(identity, 0) & alive
-            if count and holders != alive:
-                self._note(found, alive & ~holders, count)
-            alive = holders
-            if not alive:
-                return found
-        if hashes:
-            self._note(found, alive, len(hashes))
-        return found
-
-    def _note(self, found: dict[str, int], slots: int, count: int) -> None:
-        for te_id, slot in self._slots.items():
-            if slots >> slot & 1:
-                found[te_id] = count
-
-    def _slot(self, te_id: str) -> int:
-        slot = self._slots.get(te_id)
-        if slot is None:
-            slot = self._free.pop() if self._free else len(self._slots)
-            self._slots[te_id] = slot
-        return slot
+        runs: list[tuple[int, int]] = []
+        get = self._holders.get
+        alive, count = -1, 0
+        for identity in hashes:
+            holders = get(identity, 0)
+            if holders is not alive:
+                both = holders & alive
+                if both != alive and count:
+                    runs.append((alive & ~both, count))
+                # The stored object itself, so that the next block of the same run is one comparison.
+                alive = holders if both == holders else both
+                if not alive:
+                    break
+            count += 1
+        if alive > 0:
+            runs.append((alive, count))
+        return Matches(self._slots, runs)
 
     def _store(self, te_id: str, stored: Iterable[bytes]) -> None:
-        bit = 1 << self._slot(te_id)
+        slot = self._slots.take(te_id)
+        bit = 1 << slot
+        self._names[slot] = te_id
+        mine = self._blocks.setdefault(te_id, set())
+        holders = self._holders
+        before, after = 0, bit
         for identity in stored:
-            self._holders[identity] = self._holders.get(identity, 0) | bit
-        while len(self._holders) > self._max_blocks:
-            self._holders.popitem(last=False)
+            old = holders.get(identity, 0)
+            if old != before:
+                before, after = old, old | bit
+            holders[identity] = after  # one object for a run: bit sets of large fleets take a kilobyte
+            mine.add(identity)
+        while len(holders) > self._max_blocks:
+            identity, mask = holders.popitem(last=False)
+            while mask:
+                low = mask & -mask
+                self._blocks[self._names[low.bit_length() - 1]].discard(identity)
+                mask ^= low
             self.evicted += 1
 
     def _remove(self, te_id: str, removed: Iterable[bytes]) -> None:
-        bit = 1 << self._slot(te_id)
+        mine = self._blocks.get(te_id)
+        slot = self._slots.get(te_id)
+        if mine is None or slot is None:
+            return
+        bit = 1 << slot
         for identity in removed:
-            holders = self._holders.get(identity, 0) & ~bit
+            if identity not in mine:
+                continue
+            mine.discard(identity)
+            holders = self._holders[identity] & ~bit
             if holders:
                 self._holders[identity] = holders
             else:
-                self._holders.pop(identity, None)
+                del self._holders[identity]
 
     def _forget_blocks(self, te_id: str) -> None:
-        if te_id in self._slots:
-            bit = 1 << self._slots[te_id]
-            self._remove(te_id, [identity for identity, holders in self._holders.items() if holders & bit])
+        blocks = self._blocks.get(te_id)
+        if blocks:
+            self._remove(te_id, list(blocks))
+        if blocks is not None:
+            del self._blocks[te_id]

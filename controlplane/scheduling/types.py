@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from controlplane.scheduling.heatmap import HeatMap
+
 
 class Role(enum.StrEnum):
     """What an executor prefers to run; any executor runs anything when it must."""
@@ -24,6 +26,7 @@ class PolicyName(enum.StrEnum):
     ROUND_ROBIN = "round_robin"
     LEAST_LOADED = "least_loaded"
     PREFIX_AFFINITY = "prefix_affinity"
+    COMBINED = "combined"
 
 
 class Drop(enum.StrEnum):
@@ -93,6 +96,8 @@ class RequestView:
     excluded: frozenset[str] = frozenset()  # avoided while another executor serves the revision
     never: frozenset[str] = frozenset()  # cannot run it
     prefer: str | None = None  # where siblings run: taken while within the load bound
+    predicted_output: int | None = None  # tokens still to sample, as expected; None = nobody knows
+    affinity: int | None = None  # 64 bits of the prompt's beginning: where it goes while nobody caches it
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    name: PolicyName = PolicyName.PREFIX_AFFINITY
+    name: PolicyName = PolicyName.COMBINED
     min_uncached_tokens: int = 0
     """Prompts with fewer uncached tokens run unified. 0: disaggregate whenever both roles are fit
     (ours; the threshold that pays depends on the link between the roles)."""
@@ -126,19 +131,60 @@ class Policy:
     early_horizon_seconds: float = 5.0
     """Where there is a choice of decode executors, prefills that take longer wait with it (ours: about the
     time in which a decode executor's load turns over)."""
+    heat_map: HeatMap | None = None
+    """Where splitting pays, as `deepflow calibrate` found; None: wherever both roles are fit."""
+    guard_seconds: float = 2.0
+    guard_ratio: float = 2.0
+    """A split gives way when its first token is estimated beyond ratio x that of running whole + seconds:
+    prefill executors overload first, which is where DeepServe's combined policy lost (ours)."""
+    tie_share: float = 0.1
+    """Executors whose cost is within this share of the prompt's own prefill time of the best are as good:
+    among them the prompt's affinity decides (ours: the next request with that beginning saves more)."""
+    sample: int = 0
+    """Look at so many executors drawn at random and at those that cache the prompt; 0: at all. Spreads many
+    gateways that see the same stale load; a full pass is cheap enough at 10,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one candidate's score is the sum of. Seconds, except the cached tokens."""
+
+    queue: float  # work ahead of the task
+    prefill: float  # its uncached tokens; 0 for a decode
+    pressure: float  # decode: step time over the share of KV left; 0 for a prefill
+    cached_tokens: int
+
+    @property
+    def total(self) -> float:
+        return self.queue + self.prefill + self.pressure
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a task goes, and why: for job records, metrics and the twin."""
+    """Where a task goes, and why: for job records, metrics, `deepflow explain` and the twin.
+
+    `terms` and `dropped` tell at most `MAX_TOLD` executors each: in large groups the one chosen and those
+    that are best in one term.
+    """
 
     mode: Mode
     te_id: str
     incarnation: str
     cached_tokens: int
     reason: str
-    scores: Mapping[str, float]  # candidates: estimated seconds until the task would run
+    terms: Mapping[str, Terms]  # candidates, the chosen one among them
     dropped: Mapping[str, Drop]
+    candidates: int = 0
+    heat: float | None = None  # the heat map's opinion: above 0 split
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Estimated seconds until the task would run."""
+        return {te_id: terms.total for te_id, terms in self.terms.items()}
+
+
+MAX_TOLD = 16
+"""Executors that a decision tells of (ours: what a person reads)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from controlplane.jobs.executor import JobExecutor
 from controlplane.jobs.job import Job
 from controlplane.jobs.serving import ChoiceDelta, Sampling, ServingRequest
 from controlplane.jobs.settings import RuntimeSettings
-from controlplane.scheduling.types import ClusterView, ExecutorView, Role
+from controlplane.scheduling.columns import Columns
+from controlplane.scheduling.types import ExecutorView, Policy, Role
 
 REVISION = "m@1"
 
@@ -94,8 +95,9 @@ class ScriptedFleet:
         self.views[te_id] = replace(self.views[te_id], **fields)  # type: ignore[arg-type]
         self.on_change()
 
-    def cluster_view(self, model_revision: str) -> ClusterView:
-        return ClusterView(tuple(v for v in self.views.values() if v.model_revision == model_revision))
+    def cluster_view(self, model_revision: str) -> Columns:
+        mine = (v for v in self.views.values() if v.model_revision == model_revision)
+        return Columns.of(mine, Policy())
 
     def can_serve(self, model_revision: str) -> bool:
         return bool(self.cluster_view(model_revision).executors)
