@@ -35,7 +35,8 @@ async def test_the_decode_executor_dies_mid_stream(open_cluster: Any) -> None:
 
 async def test_the_prefill_executor_dies_before_its_first_token(open_cluster: Any) -> None:
     async with open_cluster() as cluster:
-        prefill = await cluster.source("te-p", "prefill", prefill_tokens_per_second=10)
+        # 40 tokens take 1.6 s there: time to die in, and within what a split may cost (guard_seconds).
+        prefill = await cluster.source("te-p", "prefill", prefill_tokens_per_second=25)
         decode = await cluster.source("te-d", "decode")
         runtime = await cluster.runtime()
         await linked(runtime, "te-p", "te-d")

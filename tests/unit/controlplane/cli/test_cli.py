@@ -119,7 +119,7 @@ def test_sizes_read_as_people_write_them() -> None:
 
 @pytest.fixture
 def detached(deepflow: Command, small_model_path: Path) -> Iterator[tuple[Command, list[str]]]:
-    deepflow.env["PYTHONPATH"] = str(FAKES)
+    deepflow.env["PYTHONPATH"] = os.pathsep.join((str(FAKES), os.environ.get("PYTHONPATH", "")))
     port = str(_free_port())
     yield deepflow, ["up", "--detach", "-m", f"file://{small_model_path}=small", "--port", port, "-t", "1P1D"]
     deepflow("down")
