@@ -10,6 +10,7 @@ from deepflow.v1.worker_pb2 import TaskDelta, TaskTimings
 
 from controlplane.jobs.records import AttemptRecord
 from controlplane.jobs.wire import KINDS
+from controlplane.scheduling.types import Decision
 
 
 @dataclass(slots=True)
@@ -27,7 +28,7 @@ class Attempt:
     cached_tokens: int | None = None
     heard: bool = False  # the executor said something of it
     timings: TaskTimings | None = None
-    decision: dict[str, Any] | None = None  # what the placement was chosen by
+    decision: Decision | None = None  # what the placement was chosen by
 
     def end(self, outcome: str, at: float) -> None:
         if self.ended_at is None:
@@ -51,7 +52,7 @@ class Attempt:
             transfer_seconds=timings.transfer_seconds if timings else None,
             compute_seconds=timings.compute_seconds if timings else None,
             preemptions=timings.preemptions if timings else None,
-            decision=self.decision,
+            decision=explained(self.decision) if self.decision is not None else None,
         )
 
 
@@ -73,3 +74,22 @@ class Ahead:
 
     attempt: Attempt
     held: list[TaskDelta] = field(default_factory=list)
+
+
+def explained(decision: Decision) -> dict[str, Any]:
+    """The decision as its job's record keeps it, for `deepflow explain`."""
+    return {
+        "mode": str(decision.mode),
+        "candidates": decision.candidates,
+        "heat": decision.heat,
+        "scores": {
+            te_id: {
+                "queue": round(terms.queue, 4),
+                "prefill": round(terms.prefill, 4),
+                "pressure": round(terms.pressure, 4),
+                "cached_tokens": terms.cached_tokens,
+            }
+            for te_id, terms in decision.terms.items()
+        },
+        "dropped": {te_id: str(why) for te_id, why in decision.dropped.items()},
+    }

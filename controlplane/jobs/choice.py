@@ -10,7 +10,7 @@ pause, because nothing was started.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from deepflow.v1 import common_pb2
 from deepflow.v1.common_pb2 import TaskError
@@ -23,7 +23,7 @@ from controlplane.jobs.records import TaskRecord
 from controlplane.jobs.serving import ServingError
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.jobs.states import TaskEvent, TaskState, next_task_state
-from controlplane.scheduling.types import Mode, Reason
+from controlplane.scheduling.types import Decision, Mode, Reason
 
 if TYPE_CHECKING:
     from controlplane.jobs.job import Job
@@ -121,7 +121,7 @@ class Choice:
         te_id: str,
         incarnation: str,
         reason: str,
-        decision: dict[str, Any] | None = None,
+        decision: Decision | None = None,
     ) -> None:
         """An attempt was submitted."""
         host = self._host

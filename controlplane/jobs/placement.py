@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from deepflow.v1 import common_pb2
 from deepflow.v1.common_pb2 import KVSource
@@ -176,23 +175,4 @@ class Placer:
         if early is not None:
             choice.placed_early(decision.te_id, decision.incarnation)
         else:
-            choice.placed(kind, decision.te_id, decision.incarnation, decision.reason, explained(decision))
-
-
-def explained(decision: Decision) -> dict[str, Any]:
-    """The decision as its job's record keeps it, for `deepflow explain`."""
-    return {
-        "mode": str(decision.mode),
-        "candidates": decision.candidates,
-        "heat": decision.heat,
-        "scores": {
-            te_id: {
-                "queue": round(terms.queue, 4),
-                "prefill": round(terms.prefill, 4),
-                "pressure": round(terms.pressure, 4),
-                "cached_tokens": terms.cached_tokens,
-            }
-            for te_id, terms in decision.terms.items()
-        },
-        "dropped": {te_id: str(why) for te_id, why in decision.dropped.items()},
-    }
+            choice.placed(kind, decision.te_id, decision.incarnation, decision.reason, decision)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from controlplane.scheduling import columns as c
-from controlplane.scheduling.columns import Columns, Floats, mixed
+from controlplane.scheduling.columns import Columns, Floats, mixed, mixed_one
 from controlplane.scheduling.prefix import Matches
 from controlplane.scheduling.types import (
     MAX_TOLD,
@@ -46,7 +46,7 @@ def decide(
     heat: float | None = None
     reason = "unified asked for" if request.unified_only else "no prefill executor is fit"
     prefills = fit & look.role(Role.PREFILL)
-    if not request.unified_only and prefills.any():
+    if not request.unified_only and np.count_nonzero(prefills):
         decoders = look.open & look.has_room(decode=True)
         row = look.pick(prefills)
         uncached = request.tokens - int(look.cached[row])
@@ -72,14 +72,16 @@ def decide_decode(
         candidates = fit & ~look.role(Role.PREFILL)  # a colocated one may be the less loaded
     else:
         candidates = fit & look.role(Role.DECODE)
-    if not candidates.any():
+    if not np.count_nonzero(candidates):
         candidates = fit & look.role(Role.COLOCATED)
-    if not candidates.any():
+    if not np.count_nonzero(candidates):
         candidates = fit
     row = look.pick_decode(candidates)
     return look.decision(Mode.DISAGGREGATED, row, candidates, "least pressure", None, decode=True)
 
 
+FEW = 12
+"""Rows up to which a loop is faster than numpy (measured)."""
 COLOCATED_PRESSURE = 1.25
 """Steps of executors that do not prefer decoding carry prefills too: by so much they must be less loaded
 (ours)."""
@@ -98,10 +100,13 @@ class _Look:
 
     def __init__(self, view: ClusterView | Columns, request: RequestView, policy: Policy, draw: Draw) -> None:
         table = view if isinstance(view, Columns) else Columns.of(view.executors, policy)
+        table.settle()
         self.table, self.request, self.policy, self.draw = table, request, policy, draw
         self.data = table.data[:, : len(table)]
         self.cached = self._cached()
+        self._roles: dict[Role, Mask] = {}
         self._cost: Floats | None = None
+        self._pressure: Floats | None = None
 
     # -- filter ----------------------------------------------------------------------------------------
 
@@ -110,21 +115,16 @@ class _Look:
         data, request = self.data, self.request
         if not len(self.table):
             return None
-        usable = data[c.USABLE] > 0
+        usable = data[c.LIMIT] >= request.tokens
         if self.table.revisions > 1 or self.table.revision(request.model_revision) < 0:
             usable &= data[c.REVISION] == self.table.revision(request.model_revision)
-        usable &= data[c.STEP_AGE] <= self.policy.max_step_age_seconds
-        usable &= data[c.FREE_TASKS] > 0
-        usable &= data[c.MAX_LEN] >= request.tokens
-        self.needed = np.ceil(request.tokens / data[c.BLOCK])
-        usable &= data[c.LARGEST] >= self.needed
         for te_id in request.never:
             row = self.table.row(te_id)
             if row is not None:
                 usable[row] = False
         self.open = usable  # but for room, which the two halves need differently
         fit = usable & self.has_room(decode=decode)
-        if not fit.any():
+        if not np.count_nonzero(fit):
             return None
         if request.excluded:
             others = fit.copy()
@@ -132,19 +132,19 @@ class _Look:
                 row = self.table.row(te_id)
                 if row is not None:
                     others[row] = False
-            if others.any():
+            if np.count_nonzero(others):
                 fit = others
         return self._sampled(fit)
 
     def has_room(self, *, decode: bool) -> Mask:
         request = self.request
         grow = min(request.output_left, self.policy.decode_growth_tokens) if decode else 1
-        return self.data[c.ROOM] * self.data[c.BLOCK] >= request.tokens + grow  # type: ignore[no-any-return]  # numpy
+        return self.data[c.ROOM] >= request.tokens + grow  # type: ignore[no-any-return]  # numpy
 
     def _sampled(self, fit: Mask) -> Mask:
         """Power of k: the k that a seeded shuffle puts first, and whoever caches the prompt."""
         k = self.policy.sample
-        if not k or int(fit.sum()) <= k:
+        if not k or np.count_nonzero(fit) <= k:
             return fit
         order = mixed(self.table.salts[: len(self.table)], self.draw.seed)
         order[~fit] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -153,7 +153,10 @@ class _Look:
         return fit & (kept | (self.cached > 0))
 
     def role(self, role: Role) -> Mask:
-        return self.data[c.ROLE] == c.ROLES[role]  # type: ignore[no-any-return]  # numpy's bool array
+        mask = self._roles.get(role)
+        if mask is None:
+            mask = self._roles[role] = self.data[c.ROLE] == c.ROLES[role]
+        return mask
 
     def _cached(self) -> Floats:
         table, known = self.table, self.request.cached_tokens
@@ -182,7 +185,7 @@ class _Look:
                 other = self.table.row(te_id)
                 if other is not None:
                     elsewhere[other] = False
-        if not elsewhere.any():
+        if not np.count_nonzero(elsewhere):
             return NO_DECODE, None
         if uncached < policy.min_uncached_tokens:
             return SHORT, None
@@ -193,12 +196,11 @@ class _Look:
             if heat is not None and heat < 0:
                 return MAP_AGAINST, heat
         if combined:
-            whole = fit & partners
-            if whole.any():
-                cost = self.prefill_cost()
-                bound = float(cost[whole].min()) * policy.guard_ratio + policy.guard_seconds
-                if float(cost[row]) > bound:
-                    return GUARD, heat
+            cost = self.prefill_cost()
+            whole = np.where(fit & partners, cost, c.INF)
+            bound = float(whole[whole.argmin()]) * policy.guard_ratio + policy.guard_seconds
+            if float(cost[row]) > bound:
+                return GUARD, heat
         return (BOTH_FIT, None) if heat is None else (MAP_FOR, heat)
 
     def unified(self, fit: Mask, *, short: bool) -> Mask:
@@ -206,11 +208,11 @@ class _Look:
         the combined policy lets decode executors help where the colocated ones have nothing over them."""
         colocated = fit & self.role(Role.COLOCATED)
         if self.policy.name is PolicyName.COMBINED:
-            if (colocated.any() and not self.request.unified_only) or short:
+            if short or (not self.request.unified_only and np.count_nonzero(colocated)):
                 colocated = fit & ~self.role(Role.PREFILL)
-        elif short and not colocated.any():
+        elif short and not np.count_nonzero(colocated):
             colocated = fit & self.role(Role.DECODE)
-        return colocated if colocated.any() else fit
+        return colocated if np.count_nonzero(colocated) else fit
 
     # -- scores ----------------------------------------------------------------------------------------
 
@@ -222,21 +224,22 @@ class _Look:
 
     def pressure(self) -> Floats:
         """Of a decode: the step it joins, over the share of KV left when it has grown as predicted."""
+        if self._pressure is not None:
+            return self._pressure
         data, request = self.data, self.request
-        needed = self.needed
-        if request.predicted_output:
-            needed = np.ceil((request.tokens + request.predicted_output) / data[c.BLOCK])
-        share = np.clip(np.maximum(data[c.FREE] - needed, 1) / data[c.TOTAL], None, 1.0)
+        needed = np.ceil((request.tokens + (request.predicted_output or 0)) / data[c.BLOCK])
+        share = np.minimum(np.maximum(data[c.FREE] - needed, 1) / data[c.TOTAL], 1.0)
         mixed_steps = np.where(self.role(Role.DECODE), 1.0, COLOCATED_PRESSURE)
-        return data[c.STEP] * (data[c.TASKS] + 1) / share * mixed_steps  # type: ignore[no-any-return]  # numpy
+        self._pressure = data[c.STEP] * (data[c.TASKS] + 1) / share * mixed_steps
+        return self._pressure
 
     def pick(self, candidates: Mask) -> int:
         """Row of the best for a prefill or a whole task."""
         policy, request = self.policy, self.request
         if policy.name is PolicyName.ROUND_ROBIN and not self._prefers(candidates):
             return self._turn(candidates)
-        queue = np.where(candidates, self.data[c.QUEUE], c.INF)
         if request.prefer is not None or policy.name is PolicyName.PREFIX_AFFINITY:
+            queue = np.where(candidates, self.data[c.QUEUE], c.INF)
             bound = float(queue.min()) * policy.affinity_slack_ratio + policy.affinity_slack_seconds
             row = self.table.row(request.prefer) if request.prefer is not None else None
             if row is not None and candidates[row] and queue[row] <= bound:
@@ -251,7 +254,7 @@ class _Look:
         slack = 0.0
         if policy.name is PolicyName.COMBINED and request.affinity is not None:
             slack = policy.tie_share * request.tokens * float(self.data[c.TOKEN, best])
-        return self._among(np.flatnonzero(cost <= cost[best] + slack), affine=slack > 0)
+        return self._among((cost <= cost[best] + slack).nonzero()[0], affine=slack > 0)
 
     def pick_decode(self, candidates: Mask) -> int:
         policy, request = self.policy, self.request
@@ -264,7 +267,7 @@ class _Look:
         bound = least * policy.affinity_slack_ratio + policy.affinity_slack_seconds
         if preferred and row is not None and score[row] <= bound:
             return row
-        return self._among(np.flatnonzero(score == least), affine=False)
+        return self._among((score == least).nonzero()[0], affine=False)
 
     def _prefers(self, candidates: Mask) -> bool:
         row = self.table.row(self.request.prefer) if self.request.prefer is not None else None
@@ -275,7 +278,10 @@ class _Look:
         if len(rows) == 1:
             return int(rows[0])
         seed = self.request.affinity if affine and self.request.affinity is not None else self.draw.seed
-        return int(rows[mixed(self.table.salts[rows], seed).argmin()])
+        salts = self.table.salts
+        if len(rows) <= FEW:
+            return min(rows.tolist(), key=lambda row: mixed_one(int(salts[row]), seed))
+        return int(rows[mixed(salts[rows], seed).argmin()])
 
     def _turn(self, candidates: Mask) -> int:
         views = self.table.views
@@ -288,7 +294,7 @@ class _Look:
         self, mode: Mode, row: int, candidates: Mask, reason: str, heat: float | None, *, decode: bool = False
     ) -> Decision:
         chosen = self.table.views[row]
-        rows = np.flatnonzero(candidates)
+        rows = candidates.nonzero()[0]
         cost = self.pressure() if decode else self.prefill_cost()
         told = [int(r) for r in (rows if len(rows) <= MAX_TOLD else self._tops(rows, cost))]
         if row not in told:
@@ -317,9 +323,9 @@ class _Look:
 
     def _dropped(self, candidates: Mask, *, decode: bool) -> dict[str, Drop]:
         told: dict[str, Drop] = {}
-        if len(self.table) == int(candidates.sum()):
+        if len(self.table) == np.count_nonzero(candidates):
             return told
-        for row in np.flatnonzero(~(self.open & self.has_room(decode=decode)))[:MAX_TOLD]:
+        for row in (~(self.open & self.has_room(decode=decode))).nonzero()[0][:MAX_TOLD].tolist():
             view = self.table.views[row]
             why = dropped_for(view, self.request, self.policy, decode=decode)
             if why is not None:
@@ -346,9 +352,11 @@ class _Look:
         return Unplaceable(Reason.TOO_LARGE if too_large else Reason.NO_EXECUTOR, dropped)
 
 
-def queue_seconds(executor: ExecutorView, policy: Policy) -> float:
-    """Estimated seconds of work ahead of a new task. Every live task takes a share of the steps meanwhile."""
-    rate = executor.prefill_tokens_per_second or policy.default_prefill_rate
+def queue_seconds(executor: ExecutorView, policy: Policy, fastest: float = 0.0) -> float:
+    """Estimated seconds of work ahead of a new task. Every live task takes a share of the steps meanwhile.
+
+    `fastest`: the highest rate that any executor of the group told, assumed of one that told none."""
+    rate = executor.prefill_tokens_per_second or fastest or policy.default_prefill_rate
     step = executor.decode_step_seconds or policy.default_step_seconds
     return executor.queued_tokens / rate + executor.tasks * step
 

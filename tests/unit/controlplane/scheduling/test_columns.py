@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.scheduling.columns import Columns, Slots
+from controlplane.scheduling.columns import Columns, Slots, mixed, mixed_one
 from controlplane.scheduling.decide import decide, queue_seconds
 from controlplane.scheduling.heatmap import HeatMap
 from controlplane.scheduling.prefix import PrefixIndex
@@ -94,6 +95,25 @@ def test_a_split_gives_way_when_the_prefill_executors_are_behind() -> None:
         "te-d",
         "prefill executors are behind",
     )
+
+
+def test_a_decode_executor_that_never_prefilled_does_not_look_faster_than_one_that_did() -> None:
+    """On slow hardware a long prompt is split all the same: both would take as long."""
+    table = Columns()
+    table.put(executor("te-p", Role.PREFILL, prefill_tokens_per_second=100.0))
+    table.put(executor("te-d", Role.DECODE))
+    answer = placed(decide(table, RequestView(REVISION, 3000), Policy()))
+    assert (answer.mode, answer.te_id) == (Mode.DISAGGREGATED, "te-p")
+    table.put(executor("te-p", Role.PREFILL, prefill_tokens_per_second=50.0))
+    assert placed(decide(table, RequestView(REVISION, 3000), Policy())).mode is Mode.DISAGGREGATED
+    table.put(executor("te-d", Role.DECODE, prefill_tokens_per_second=5000.0))
+    assert placed(decide(table, RequestView(REVISION, 3000), Policy())).mode is Mode.UNIFIED
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(0, 2**64 - 1))
+def test_one_salt_mixes_as_many_do(salts: list[int], seed: int) -> None:
+    many = mixed(np.array(salts, dtype=np.uint64), seed)
+    assert [mixed_one(salt, seed) for salt in salts] == many.tolist()
 
 
 def test_a_sample_looks_at_few_and_at_whoever_caches_the_prompt() -> None:

@@ -325,7 +325,9 @@ def test_affinity_never_exceeds_its_load_bound(cluster: ClusterView, asked: Requ
     policy = Policy(name=PolicyName.PREFIX_AFFINITY)
     answer = decide(cluster, asked, policy, draw)
     if isinstance(answer, Decision):
-        queues = {e.te_id: queue_seconds(e, policy) for e in cluster.executors if e.te_id in answer.scores}
+        fastest = max(e.prefill_tokens_per_second for e in cluster.executors)
+        told = [e for e in cluster.executors if e.te_id in answer.scores]
+        queues = {e.te_id: queue_seconds(e, policy, fastest) for e in told}
         bound = min(queues.values()) * policy.affinity_slack_ratio + policy.affinity_slack_seconds
         assert queues[answer.te_id] <= bound
 
