@@ -197,7 +197,10 @@ class _Look:
                 return MAP_AGAINST, heat
         if combined:
             cost = self.prefill_cost()
-            whole = np.where(fit & partners, cost, c.INF)
+            # Rates told after short prompts are low: what is compared is queues and caches, at one rate.
+            slower = np.maximum(self.data[c.TOKEN], self.data[c.TOKEN, row])
+            whole = self.data[c.QUEUE] + (request.tokens - self.cached) * slower
+            whole = np.where(fit & partners, whole, c.INF)
             bound = float(whole[whole.argmin()]) * policy.guard_ratio + policy.guard_seconds
             if float(cost[row]) > bound:
                 return GUARD, heat

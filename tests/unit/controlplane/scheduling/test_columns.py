@@ -104,10 +104,17 @@ def test_a_decode_executor_that_never_prefilled_does_not_look_faster_than_one_th
     table.put(executor("te-d", Role.DECODE))
     answer = placed(decide(table, RequestView(REVISION, 3000), Policy()))
     assert (answer.mode, answer.te_id) == (Mode.DISAGGREGATED, "te-p")
-    table.put(executor("te-p", Role.PREFILL, prefill_tokens_per_second=50.0))
-    assert placed(decide(table, RequestView(REVISION, 3000), Policy())).mode is Mode.DISAGGREGATED
-    table.put(executor("te-d", Role.DECODE, prefill_tokens_per_second=5000.0))
-    assert placed(decide(table, RequestView(REVISION, 3000), Policy())).mode is Mode.UNIFIED
+
+
+def test_a_low_rate_told_after_short_prompts_ends_no_split() -> None:
+    """Only what waits there, or what is cached elsewhere, makes the decode executor run it whole."""
+    slow = executor("te-p", Role.PREFILL, prefill_tokens_per_second=50.0)
+    fast = executor("te-d", Role.DECODE, prefill_tokens_per_second=5000.0)
+    asked = RequestView(REVISION, 3000)
+    table = Columns.of((slow, fast), Policy())
+    assert placed(decide(table, asked, Policy())).mode is Mode.DISAGGREGATED
+    cached = replace(asked, cached_tokens={"te-d": 2900})
+    assert placed(decide(table, cached, Policy())).mode is Mode.UNIFIED
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(0, 2**64 - 1))
