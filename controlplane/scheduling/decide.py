@@ -86,7 +86,7 @@ COLOCATED_PRESSURE = 1.25
 """Steps of executors that do not prefer decoding carry prefills too: by so much they must be less loaded
 (ours)."""
 SHORT = "short uncached prompt"
-GUARD = "prefill executors are behind"
+GUARD = "run whole it starts sooner"
 MAP_AGAINST = "heat map: run whole"
 MAP_FOR = "heat map: split"
 BOTH_FIT = "both roles fit"
@@ -283,7 +283,7 @@ class _Look:
         seed = self.request.affinity if affine and self.request.affinity is not None else self.draw.seed
         salts = self.table.salts
         if len(rows) <= FEW:
-            return min(rows.tolist(), key=lambda row: mixed_one(int(salts[row]), seed))
+            return int(min(rows.tolist(), key=lambda row: mixed_one(int(salts[row]), seed)))
         return int(rows[mixed(salts[rows], seed).argmin()])
 
     def _turn(self, candidates: Mask) -> int:

@@ -190,7 +190,8 @@ async def test_client_disconnect_stops_both_executors_within_a_second(stack_floa
     streaming = asyncio.create_task(ask(stack, chat(tokens=4000), stop_after=8))
     await streaming
     await stack.wait_clean(timeout=1.0 + 1.0)  # the check's own connections take up to a second here
-    prefill = Watched(stack, chat(long_prompt(300), 8))
+    # Its beginning is of its own: cached on the decode executor, it would run whole there.
+    prefill = Watched(stack, chat("Count. " + long_prompt(300), 8))
     async with stack.client(stack.executor("prefill")) as client:
         await until(lambda: bool(client.load and client.load.queued_prefill_tokens), 20)
         prefill.task.cancel()

@@ -93,7 +93,7 @@ def test_a_split_gives_way_when_the_prefill_executors_are_behind() -> None:
     assert (answer.mode, answer.te_id, answer.reason) == (
         Mode.UNIFIED,
         "te-d",
-        "prefill executors are behind",
+        "run whole it starts sooner",
     )
 
 
