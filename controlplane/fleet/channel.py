@@ -39,6 +39,10 @@ from kvtransfer.framed import StreamEnded, open_stream
 MAX_MESSAGE_BYTES = 64 << 20
 """A snapshot of a large cache's block identities is the largest message (16 bytes a block)."""
 
+PLAIN_SECONDS = 1.5
+"""Until a plain connection counts as blocked (a policy that drops packets says nothing), and gRPC is tried
+(ours: a connection takes two round trips)."""
+
 log = logging.getLogger(__name__)
 
 
@@ -182,7 +186,7 @@ class ExecutorChannel:
         if self._plain:
             try:
                 plain = await open_stream(
-                    self._plain, metadata, TasksResponse.FromString, seconds=self._settings.welcome_seconds
+                    self._plain, metadata, TasksResponse.FromString, seconds=PLAIN_SECONDS
                 )
             except OSError as error:
                 # A firewall between that knows the gRPC port alone: that one is tried, from now on.

@@ -86,6 +86,7 @@ class Authenticator:
         # that a flood of guesses cannot push known keys out.
         self._known: OrderedDict[str, tuple[KeyRecord, float]] = OrderedDict()
         self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[KeyRecord | None]] = {}  # bounded by the calls to Redis
         self.used: dict[str, float] = {}  # digest -> last use, since the last flush
 
     async def authenticate(self, request: Request) -> Principal:
@@ -129,7 +130,7 @@ class Authenticator:
             raise _unavailable()
         try:
             async with asyncio.timeout(self._settings.redis_seconds):
-                record = await find_key(self._redis, digest)
+                record = await asyncio.shield(self._ask(self._redis, digest))
         except (RedisError, OSError, TimeoutError) as error:
             metrics.REDIS_ERRORS.labels("auth").inc()
             if known is not None and now - known[1] < self._settings.key_outage_seconds:
@@ -146,6 +147,19 @@ class Authenticator:
             self._known.move_to_end(digest)
             _trim(self._known, self._settings.key_cache_size)
         return record
+
+    def _ask(self, redis: Redis, digest: str) -> asyncio.Task[KeyRecord | None]:
+        """One call for all requests that wait for the same key."""
+        asking = self._asking.get(digest)
+        if asking is None:
+            asking = self._asking[digest] = asyncio.create_task(find_key(redis, digest))
+            asking.add_done_callback(lambda task: self._asked(digest, task))
+        return asking
+
+    def _asked(self, digest: str, task: asyncio.Task[KeyRecord | None]) -> None:
+        del self._asking[digest]
+        if not task.cancelled():
+            task.exception()  # seen: its waiters may have given up
 
 
 def _unavailable() -> ApiError:

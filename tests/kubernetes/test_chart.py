@@ -257,7 +257,7 @@ def test_policies_cover_every_pod_and_meet_at_the_executors_ports(render: Render
         names.LABEL_COMPONENT: names.COMPONENT_EXECUTOR, names.LABEL_PART_OF: names.PART_OF,
     }  # fmt: skip
     ports = {port["port"] for rule in executor["ingress"] for port in rule["ports"]}
-    assert ports == {names.PORT_GRPC, names.PORT_KV, 7403}
+    assert ports == {names.PORT_GRPC, names.PORT_KV, names.PORT_TASKS, 7403}
     # Valkey goes nowhere, and nothing is open to everybody but the gateway's port.
     assert policies["deepflow-valkey"]["egress"] == []
     for name, spec in policies.items():

@@ -138,6 +138,7 @@ CONTAINER_EXECUTOR = "executor"
 PORT_GRPC = 7400  # tasks, KV handshakes, health: named "grpc"
 PORT_KV = 7401  # KV to other hosts: named "kv"
 PORT_METRICS = 7402  # /metrics: named "metrics"
+PORT_TASKS = 7404  # the Tasks stream over a plain connection: --tasks-listen (7403 is the fetcher's)
 CACHE_PATH = "/var/cache/deepflow"  # $DEEPFLOW_CACHE in every pod: models and model cards
 SHARED_PATH = "/run/deepflow"  # writable folder of sockets and endpoint files
 # Environment of the operator: "SECRET/KEY" in the pods' namespace that executors take theirs from.
