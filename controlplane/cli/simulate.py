@@ -61,6 +61,10 @@ def simulate(  # noqa: PLR0917  # options of a command
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    heat_map: Annotated[
+        Path | None,
+        typer.Option("--heat-map", help="Of `deepflow calibrate`, for our policy.", show_default=False),
+    ] = None,
     slo_ttft: Annotated[float, typer.Option("--slo-ttft", min=0.001, help="Seconds.")] = 2.0,
     slo_tpot: Annotated[float, typer.Option("--slo-tpot", min=0.0001, help="Seconds per token.")] = 0.1,
     slo_ttft_per_token: Annotated[
@@ -78,6 +82,7 @@ def simulate(  # noqa: PLR0917  # options of a command
     from dataclasses import asdict
 
     from controlplane.twin.costs import ProfileError
+    from controlplane.twin.heatmap import read as read_heat_map
     from controlplane.twin.results import Slo, summarize
     from controlplane.twin.scenario import OURS, POLICIES, SPLIT, UnknownPolicy, best_share
     from controlplane.twin.scenario import simulate as run
@@ -92,6 +97,7 @@ def simulate(  # noqa: PLR0917  # options of a command
         raise CliError("a split needs two executors")
     try:
         costs = _profile(profile)
+        heat = read_heat_map(heat_map) if heat_map is not None else None
         work, whole = _workload(trace, synthetic, costs, executors, requests, load, rate, seed)
         clusters: dict[str, Cluster] = {}
         shares: dict[str, float] = {}
@@ -104,7 +110,15 @@ def simulate(  # noqa: PLR0917  # options of a command
                 shares[name] = share
             with progress_bar(f"simulating {name}") as progress:
                 clusters[name] = run(
-                    work, costs, name, executors, seed=seed, prefill_share=share, progress=progress
+                    work,
+                    costs,
+                    name,
+                    executors,
+                    seed=seed,
+                    prefill_share=share,
+                    slo=slo,
+                    heat_map=heat,
+                    progress=progress,
                 )
     except (ProfileError, WorkloadError, UnknownPolicy) as error:
         raise CliError(str(error)) from None

@@ -24,6 +24,8 @@ from controlplane.twin.workload import Workload
 
 HOLD_SECONDS = 30.0
 """How long a request that every executor is too full for is held (RuntimeSettings.contended_seconds)."""
+HANDOVER_SECONDS = 10.0
+"""How long a finished prefill waits for a decode executor (RuntimeSettings.handover_seconds)."""
 MAX_HELD = 100_000
 """Requests held at once; one more is rejected (ours)."""
 TICK_SECONDS = 1.0
@@ -99,9 +101,9 @@ class Cluster:
         self.profile = profiles[0]
         self.now = 0.0
         caches = bool(len(workload.units))
-        tables = {id(each): each.table() for each in profiles}
+        curves = {key: each.table() for key, each in {id(each): each for each in profiles}.items()}
         self.tes = [
-            SimExecutor(number, role, each, self, workload.unit_tokens, table=tables[id(each)], caches=caches)
+            SimExecutor(number, role, each, self, workload.unit_tokens, table=curves[id(each)], caches=caches)
             for number, (role, each) in enumerate(zip(roles, profiles, strict=True))
         ]
         self.inflight = [0] * len(roles)  # tasks submitted and not ended, per executor
@@ -115,14 +117,15 @@ class Cluster:
         self.reasons: dict[int, str] = {}  # request -> why it was dropped
         self.timeline = Timeline()
         self.flips = 0
+        self.given_up = 0  # hand-overs that found no decode executor in time
         self.transferred_tokens = 0
         self.decisions = 0
         self._tick_seconds = tick_seconds
         self._horizon = horizon
         self._events: list[tuple[float, int, SimExecutor | None, int, Callable[[float], None] | None]] = []
         self._sequence = 0
-        self._held: deque[tuple[float, int]] = deque()  # (since, request)
-        self._waiting_decode: deque[tuple[SimExecutor, Task]] = deque()
+        self._held: list[tuple[int, int, float]] = []  # heap: (-priority, request, since)
+        self._waiting_decode: deque[tuple[float, SimExecutor, Task]] = deque()  # since when
         self._left = count
         self._busy_before = 0.0
         self._prompt: list[int] = workload.prompt.tolist()
@@ -211,10 +214,12 @@ class Cluster:
         line.kv.append(used / total)
         line.held.append(len(self._held) + len(self._waiting_decode))
         self._busy_before = busy
+        self._expire(now)
         for number, role in self.policy.tick(now):
             if tes[number].role is not role:
                 self.flips += 1
                 tes[number].set_role(role, now)
+                self.policy.reported(tes[number], now)
         self._at(now + self._tick_seconds, None, 0, self._tick)
 
     # -- requests ----------------------------------------------------------------------------------------
@@ -222,11 +227,15 @@ class Cluster:
     def _arrive(self, request: int, now: float) -> None:
         if not any(te.fits(self._prompt[request] + 1) for te in self.tes[:1]):
             self._drop(request, REJECTED_TOO_LARGE)
-        elif self._held or not self._place(request, now):
+        elif self._must_wait(request) or not self._place(request, now):
             if len(self._held) >= MAX_HELD:
                 self._drop(request, REJECTED_QUEUE_FULL)
             else:
-                self._held.append((now, request))
+                heapq.heappush(self._held, (-self._priority[request], request, now))
+
+    def _must_wait(self, request: int) -> bool:
+        """Somebody of its priority or a higher one waits already."""
+        return bool(self._held) and -self._held[0][0] >= self._priority[request]
 
     def _place(self, request: int, now: float) -> bool:
         self.decisions += 1
@@ -248,22 +257,31 @@ class Cluster:
         self.tes[number].submit(task, now)
 
     def _retry(self) -> None:
-        """Tries what is held, first come first served, until one finds no place."""
+        """Tries what is held, by priority and arrival as the job executor does, until one finds no place."""
         now = self.now
         while self._waiting_decode:
-            te, task = self._waiting_decode[0]
+            _, te, task = self._waiting_decode[0]
             if not self._place_decode(te, task, now):
                 break
             self._waiting_decode.popleft()
         while self._held:
-            since, request = self._held[0]
-            if now - since > HOLD_SECONDS:
-                self._held.popleft()
-                self._drop(request, REJECTED_TIMEOUT)
-            elif self._place(request, now):
-                self._held.popleft()
-            else:
+            if not self._place(self._held[0][1], now):
                 break
+            heapq.heappop(self._held)
+
+    def _expire(self, now: float) -> None:
+        """Rejects what nobody had room for in all its time; hand-overs without a taker go on unified."""
+        waiting = self._waiting_decode
+        while (
+            waiting and now - waiting[0][0] > HANDOVER_SECONDS and self._go_on_unified(*waiting[0][1:], now)
+        ):
+            waiting.popleft()
+        late = [request for _, request, since in self._held if now - since > HOLD_SECONDS]
+        if late:
+            self._held = [entry for entry in self._held if now - entry[2] <= HOLD_SECONDS]
+            heapq.heapify(self._held)
+            for request in late:
+                self._drop(request, REJECTED_TIMEOUT)
 
     def _drop(self, request: int, reason: str) -> None:
         self.reasons[request] = reason
@@ -289,7 +307,7 @@ class Cluster:
         self.inflight[te.number] -= 1
         self.policy.ended(te.number, task, now)
         if self._waiting_decode or not self._place_decode(te, task, now):
-            self._waiting_decode.append((te, task))
+            self._waiting_decode.append((now, te, task))
 
     def _place_decode(self, source: SimExecutor, prefill: Task, now: float) -> bool:
         self.decisions += 1
@@ -299,6 +317,18 @@ class Cluster:
         task = Task(prefill.request, DECODE, prefill.prompt, prefill.output, prefill.priority, prefill.units)
         task.source = (source, prefill)
         self._submit(number, task, now)
+        return True
+
+    def _go_on_unified(self, source: SimExecutor, prefill: Task, now: float) -> bool:
+        """Its prefill gives its blocks up; the sequence is computed again wherever it runs now."""
+        place = self.policy.place(prefill.request, now)
+        if place is None:
+            return False
+        source.release(prefill, now)
+        task = Task(prefill.request, UNIFIED, prefill.prompt, prefill.output, prefill.priority, prefill.units)
+        task.length = prefill.length
+        self.given_up += 1
+        self._submit(place.te, task, now)
         return True
 
     def pull(self, te: SimExecutor, task: Task, skip: int, now: float) -> None:

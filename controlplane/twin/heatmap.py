@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from controlplane.twin.costs import CostProfile
+from controlplane.scheduling.heatmap import HeatMap
+from controlplane.twin.costs import CostProfile, ProfileError
 from controlplane.twin.scenario import capacity, simulate
 from controlplane.twin.workload import poisson
 
@@ -66,6 +67,18 @@ def save(filled: Filled, profile: CostProfile, path: str | Path) -> None:
         "layers": layers,
     }
     Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read(path: str | Path) -> HeatMap:
+    """A map that `save` wrote, as policies take it. Raises ProfileError."""
+    try:
+        data = json.loads(Path(path).read_text())
+        cells = tuple(
+            tuple(math.nan if cell is None else float(cell) for cell in row) for row in data["summed"]
+        )
+        return HeatMap(tuple(data["prefills"]), tuple(data["ratios"]), cells)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProfileError(f"{path} is no heat map: {error}") from None
 
 
 def _plain(cells: npt.NDArray[np.float64]) -> list[list[float | None]]:

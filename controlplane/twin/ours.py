@@ -1,18 +1,21 @@
 """The real placement policy over the simulated cluster: what a gateway does around `controlplane.scheduling`.
 
-Keeps the view a gateway has: an executor's last load report plus what was submitted to it since, and the
-prefix index fed by the executors' cache events. Nothing here decides.
+Keeps the view a gateway has: an executor's last load report plus what was submitted to it since, the prefix
+index fed by the executors' cache events, and how long answers have been of late. Nothing here decides.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
 
+from controlplane.scheduling.columns import Columns
 from controlplane.scheduling.decide import decide, decide_decode
 from controlplane.scheduling.prefix import PrefixIndex
+from controlplane.scheduling.roles import RoleController, RolePolicy
 from controlplane.scheduling.types import (
-    ClusterView,
     Draw,
     ExecutorView,
     Mode,
@@ -29,24 +32,40 @@ REVISION = "twin"
 MAX_TASKS = 256  # EngineConfig.max_tasks
 PREFIX_BLOCKS = 4_000_000
 """Prefix blocks remembered (ours): all that a thousand simulated executors hold."""
+ANSWERS = 255
+"""Answers whose median length is expected of the next one (ours): a gateway never knows the length before."""
 
 
 class Ours:
     """`controlplane.scheduling` as a gateway runs it."""
 
-    def __init__(self, policy: Policy | None = None, seed: int = 0, name: str = "deepflow") -> None:
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        seed: int = 0,
+        name: str = "deepflow",
+        roles: RolePolicy | None = None,
+    ) -> None:
+        """`roles`: let the role controller change them; None leaves them as they are."""
         self.name = name
         self._policy = policy or Policy()
+        self._controller = RoleController(roles) if roles is not None else None
         self._rng = random.Random(seed)
         self._turn = 0
 
     def attach(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._index = PrefixIndex(PREFIX_BLOCKS)
+        self._columns = Columns(self._policy)
+        self._index = PrefixIndex(PREFIX_BLOCKS, slots=self._columns.slots)
         self._sequence = [1] * len(cluster.tes)
         self._numbers = {_te_id(te.number): te.number for te in cluster.tes}
         self._ids = list(self._numbers)
-        self._views: list[ExecutorView | None] = [None] * len(cluster.tes)
+        self._stale: set[int] = set(
+            range(len(cluster.tes))
+        )  # changed since the columns were brought up to date
+        self._bound = int(cluster.workload.output.max())  # what clients ask for at most
+        self._answers: deque[int] = deque(maxlen=ANSWERS)
+        self._expected: int | None = None
 
     # -- decisions ---------------------------------------------------------------------------------------
 
@@ -62,18 +81,24 @@ class Ours:
         return None if isinstance(decision, Unplaceable) else self._numbers[decision.te_id]
 
     def tick(self, now: float) -> Sequence[tuple[int, Role]]:
-        return ()
+        if self._controller is None:
+            return ()
+        decision = self._controller.step(self._view().views, now)
+        return [(self._numbers[change.te_id], change.role) for change in decision.changes]
 
     # -- what changes the view ---------------------------------------------------------------------------
 
     def reported(self, te: SimExecutor, now: float) -> None:
-        self._views[te.number] = None
+        self._stale.add(te.number)
 
     def submitted(self, te: int, task: Task, now: float) -> None:
-        self._views[te] = None
+        self._stale.add(te)
 
     def ended(self, te: int, task: Task, now: float) -> None:
-        self._views[te] = None
+        self._stale.add(te)
+        self._answers.append(task.output)
+        if self._expected is None or len(self._answers) < ANSWERS or not self._turn % ANSWERS:
+            self._expected = int(median(self._answers))
 
     def cached(self, te: int, stored: Sequence[int], removed: Sequence[int]) -> None:
         self._index.apply(self._ids[te], self._sequence[te], map(_identity, stored), map(_identity, removed))
@@ -89,26 +114,28 @@ class Ours:
         cluster = self._cluster
         prompt = cluster.prompt(request)
         units = cluster.units(request)
-        cached: dict[str, int] = {}
+        cached: Mapping[str, int] = {}
         if units and len(self._index):
-            size = cluster.workload.unit_tokens
             found = self._index.match([_identity(unit) for unit in units])
-            cached = {te_id: min(count * size, prompt - 1) for te_id, count in found.items()}
+            cached = found.tokens(cluster.workload.unit_tokens, prompt - 1)
         return RequestView(
             model_revision=REVISION,
             tokens=prompt + sampled,
-            output_left=cluster.output(request) - sampled,
+            output_left=self._bound,
             cached_tokens=cached,
             never=never,
+            predicted_output=self._expected,
         )
 
-    def _view(self) -> ClusterView:
-        views = self._views
-        return ClusterView(tuple([view or self._refresh(number) for number, view in enumerate(views)]))
+    def _view(self) -> Columns:
+        for number in self._stale:
+            self._columns.put(self._look(number))
+        self._stale.clear()
+        return self._columns
 
-    def _refresh(self, number: int) -> ExecutorView:
+    def _look(self, number: int) -> ExecutorView:
         te = self._cluster.tes[number]
-        view = self._views[number] = ExecutorView(
+        return ExecutorView(
             te_id=self._ids[number],
             incarnation="1",
             role=te.role,
@@ -123,7 +150,6 @@ class Ours:
             block_tokens=te.profile.block_tokens,
             max_model_len=te.profile.max_model_len,
         )
-        return view
 
 
 def _te_id(number: int) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from controlplane.scheduling.types import Role
+from controlplane.scheduling.heatmap import HeatMap
+from controlplane.scheduling.roles import RolePolicy
+from controlplane.scheduling.types import Policy, Role
 from controlplane.twin.baselines import (
     Conditional,
     LeastRequests,
@@ -23,12 +25,13 @@ from controlplane.twin.results import Slo, Summary, summarize
 from controlplane.twin.workload import Workload
 
 OURS = "deepflow"
+FIXED = "deepflow-fixed-roles"
 COLOCATED = ("round-robin", "least-requests", "power-of-two", "prefix-affinity")
 SPLIT = ("static-split", "conditional-2048-0.7")
-POLICIES = (OURS, *COLOCATED, *SPLIT)
+POLICIES = (OURS, FIXED, *COLOCATED, *SPLIT)
 
 _MAKERS: dict[str, Callable[[int], Placing]] = {
-    OURS: lambda seed: Ours(seed=seed),
+    FIXED: lambda seed: Ours(seed=seed, name=FIXED),
     "round-robin": RoundRobin,
     "least-requests": LeastRequests,
     "power-of-two": PowerOfTwo,
@@ -36,6 +39,7 @@ _MAKERS: dict[str, Callable[[int], Placing]] = {
     "static-split": StaticSplit,
     "conditional-2048-0.7": Conditional,
 }
+DEFAULT_SLO = Slo(2.0, 0.1)
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Prefill shares that a static split is tried with (ours: eighths, the finest that 16 executors tell apart
 well)."""
@@ -45,7 +49,12 @@ class UnknownPolicy(ValueError):
     """No policy of that name; says which there are."""
 
 
-def make_policy(name: str, seed: int) -> Placing:
+def make_policy(name: str, seed: int, slo: Slo | None = None, heat_map: HeatMap | None = None) -> Placing:
+    """Ours moves roles to keep the SLO: half of its first token's time may be spent in a queue (ours)."""
+    if name == OURS:
+        aim = slo or DEFAULT_SLO
+        roles = RolePolicy(prefill_target_seconds=aim.ttft / 2, step_target_seconds=aim.tpot)
+        return Ours(Policy(heat_map=heat_map), seed, roles=roles)
     try:
         return _MAKERS[name](seed)
     except KeyError:
@@ -54,7 +63,7 @@ def make_policy(name: str, seed: int) -> Placing:
 
 def roles_for(policy: str, executors: int, prefill_share: float | None) -> list[Role]:
     """Fixed roles of a split (its share rounded, each side at least one), else all colocated."""
-    if policy in SPLIT or (policy == OURS and prefill_share is not None):
+    if policy in SPLIT or (policy in (OURS, FIXED) and prefill_share is not None):
         share = 0.5 if prefill_share is None else prefill_share
         return split_roles(executors, min(executors - 1, max(1, round(executors * share))))
     return [Role.COLOCATED] * executors
@@ -68,13 +77,15 @@ def simulate(
     *,
     seed: int = 0,
     prefill_share: float | None = None,
+    slo: Slo | None = None,
+    heat_map: HeatMap | None = None,
     horizon: float = float("inf"),
     progress: Callable[[int, int], None] | None = None,
 ) -> Cluster:
     """One run to its end (or `horizon`, simulated seconds). Raises UnknownPolicy, ValueError for impossible
     roles."""
     roles = roles_for(policy, executors, prefill_share)
-    cluster = Cluster(load, roles, profile, make_policy(policy, seed), horizon=horizon)
+    cluster = Cluster(load, roles, profile, make_policy(policy, seed, slo, heat_map), horizon=horizon)
     cluster.run(progress)
     return cluster
 
@@ -112,7 +123,8 @@ def best_share(
         if count in seen:
             continue
         seen.add(count)
-        summary = summarize(simulate(load, profile, policy, executors, seed=seed, prefill_share=share), slo)
+        cluster = simulate(load, profile, policy, executors, seed=seed, prefill_share=share, slo=slo)
+        summary = summarize(cluster, slo)
         tried.append((summary.goodput, -summary.ttft_mean, share, summary))
     best = max(tried, key=lambda entry: entry[:2])
     return best[2], best[3]

@@ -8,13 +8,14 @@ phases    prefill-heavy, decode-heavy, prefill-heavy: ours with live roles again
 overload  twice the capacity with two priorities and several tenants.
 scale     a million requests over a thousand executors, on one core.
 
-Static splits run at their best prefill share, looked for in eighths on 16 executors at the first seed of each
-cell. Figures
+Splits run at their best prefill share, looked for in eighths on 16 executors at the first seed of each
+cell; ours starts from its best one, or with everyone colocated, found in the same way. Figures
 are of simulated time, so they are the same on any machine; only `scale` measures this one.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ import orjson
 
 from controlplane.twin.costs import roofline_profile
 from controlplane.twin.results import Slo, Summary, jain, met, paired_ratio, summarize, ttft
-from controlplane.twin.scenario import COLOCATED, OURS, SPLIT, best_share, capacity, simulate
+from controlplane.twin.scenario import COLOCATED, FIXED, OURS, SHARES, SPLIT, capacity, simulate
 from controlplane.twin.workload import Phase, Workload, merge, phases, poisson, read_trace, superpose
 from tests.bench import common
 
@@ -38,7 +39,8 @@ SIZES = (16, 64, 512)
 LOADS = (0.5, 0.8, 1.2)
 SEEDS = (1, 2, 3)
 PER_EXECUTOR = 200  # requests
-SHARE_SIZE = 16  # executors that a split's best share is looked for on
+SHARE_SIZE, SHARE_PER_EXECUTOR = 16, 60  # what a split's best share is looked for on
+STOPPED = 3  # exit code: --stop-after was reached
 WARM = 0.1  # share of arrivals left out: caches and queues fill
 WITHIN = 0.02
 BELOW = ("ttft_mean", "ttft_p99", "tpot_p99")
@@ -66,51 +68,59 @@ def per_executor(trace: str) -> float:
 class Kept:
     """Figures of runs that are done, in a file: a long series goes on where it stopped."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, stop_after: float = math.inf) -> None:
         self._path = path
+        self._ends = time.monotonic() + stop_after
         self._found: dict[str, dict[str, object]] = {}
         if path is not None and path.exists():
             self._found = orjson.loads(path.read_bytes())
 
-    def summary(self, key: str, run: Callable[[], Summary]) -> Summary:
+    def _get(self, key: str, run: Callable[[], dict[str, object]]) -> dict[str, object]:
         if key not in self._found:
-            self._found[key] = run().to_json()
+            if time.monotonic() > self._ends:
+                raise SystemExit(STOPPED)
+            self._found[key] = run()
             if self._path is not None:
                 self._path.write_bytes(orjson.dumps(self._found))
-        return Summary(**self._found[key])  # type: ignore[arg-type]  # as it was written
+        return self._found[key]
 
-    def share(self, key: str, run: Callable[[], float]) -> float:
-        if key not in self._found:
-            self._found[key] = {"share": run()}
-        return float(self._found[key]["share"])  # type: ignore[arg-type]  # as it was written
+    def summary(self, key: str, run: Callable[[], Summary]) -> Summary:
+        return Summary(**self._get(key, lambda: run().to_json()))  # type: ignore[arg-type]  # as it was written
+
+    def number(self, key: str, run: Callable[[], float]) -> float:
+        return float(self._get(key, lambda: {"number": run()})["number"])  # type: ignore[arg-type]  # likewise
 
 
-def split_share(sample: Workload, name: str, executors: int, slo: Slo) -> float:
-    return best_share(sample, PROFILE, name, executors, slo)[0]
+def start_share(cell: Cell, seed: int, whole: float, name: str, kept: Kept) -> float | None:
+    """The prefill share with the most goodput, on a small cluster; None: everyone colocated, which only
+    ours may."""
+    small = replace(cell, executors=min(cell.executors, SHARE_SIZE))
+    work = workload(small, SHARE_PER_EXECUTOR, seed, whole)
+    tried: list[tuple[float, float, float | None]] = []
+    for share in (*SHARES, None) if name == OURS else SHARES:
+        run = partial(one_run, work, name, small, seed, share)
+        found = kept.summary(f"{small}/{name}/start {share}/{seed}", run)
+        tried.append((found.goodput, -found.ttft_mean, share))
+    return max(tried, key=lambda entry: entry[:2])[2]
 
 
 def one_run(work: Workload, name: str, cell: Cell, seed: int, share: float | None) -> Summary:
-    cluster = simulate(work, PROFILE, name, cell.executors, seed=seed, prefill_share=share)
-    return summarize(cluster, SLOS[cell.trace], WARM)
+    slo = SLOS[cell.trace]
+    cluster = simulate(work, PROFILE, name, cell.executors, seed=seed, prefill_share=share, slo=slo)
+    return summarize(cluster, slo, WARM)
 
 
 def run_cell(
-    cell: Cell, per: int, seeds: tuple[int, ...], whole: float, kept: Kept
+    cell: Cell, per: int, seeds: tuple[int, ...], whole: float, kept: Kept, names: tuple[str, ...]
 ) -> dict[str, list[Summary]]:
     """Figures of every policy, seed by seed."""
-    slo = SLOS[cell.trace]
     found: dict[str, list[Summary]] = {}
-    shares: dict[str, float] = {}
+    shares: dict[str, float | None] = {}
     for seed in seeds:
         work = workload(cell, per, seed, whole)
-        for name in (OURS, *COLOCATED, *SPLIT):
-            if name in SPLIT and name not in shares:
-                small = replace(cell, executors=min(cell.executors, SHARE_SIZE))
-                sample = workload(small, per, seed, whole)
-                shares[name] = kept.share(
-                    f"{cell}/{per}/{name}/share",
-                    partial(split_share, sample, name, small.executors, slo),
-                )
+        for name in names:
+            if name in (OURS, *SPLIT) and name not in shares:
+                shares[name] = start_share(cell, seed, whole, name, kept)
             run = partial(one_run, work, name, cell, seed, shares.get(name))
             found.setdefault(name, []).append(kept.summary(f"{cell}/{per}/{name}/{seed}", run))
     return found
@@ -128,6 +138,8 @@ def judge(report: common.Report, cell: Cell, found: dict[str, list[Summary]]) ->
             in_slo=common.mean([s.attained for s in runs]),
             cached=common.mean([s.cached for s in runs]), split=common.mean([s.split for s in runs]),
         )  # fmt: skip
+    if OURS not in found:
+        return
     figures = ("goodput",) if cell.load > 1 else (*BELOW, "goodput")
     for figure in figures:
         less = figure in BELOW
@@ -147,14 +159,17 @@ def judge(report: common.Report, cell: Cell, found: dict[str, list[Summary]]) ->
         )  # fmt: skip
 
 
-def cells(report: common.Report, quick: bool, sizes: tuple[int, ...], kept: Kept) -> None:
-    wholes = {trace: per_executor(trace) for trace in FILES}
+def cells(
+    report: common.Report, quick: bool, sizes: tuple[int, ...], kept: Kept, names: tuple[str, ...]
+) -> None:
+    wholes = {trace: kept.number(f"capacity {trace}", partial(per_executor, trace)) for trace in FILES}
     for trace in FILES:
         for size in sizes:
             for load in LOADS[1:2] if quick else LOADS:
                 cell = Cell(trace, size, load)
                 per, seeds = (40, SEEDS[:1]) if quick else (PER_EXECUTOR, SEEDS)
-                judge(report, cell, run_cell(cell, per, seeds, wholes[trace], kept))
+                found = run_cell(cell, per, seeds, wholes[trace], kept, names)
+                judge(report, cell, found)
 
 
 # -- phases ----------------------------------------------------------------------------------------------
@@ -164,30 +179,49 @@ PHASE_SLO = Slo(2.0, 0.05)
 PHASE_LOAD = 0.75
 
 
-def phase_shift(report: common.Report, quick: bool) -> None:
+def phase_shift(report: common.Report, quick: bool, kept: Kept) -> None:
     """Each phase at the same share of what colocated executors complete of its requests."""
     size, seconds = (8, 60.0) if quick else (16, 120.0)
     rates = {
-        shape: PHASE_LOAD * capacity(poisson(*shape, 1.0, 60 * size, 0, spread=0.3), PROFILE, size)
+        shape: PHASE_LOAD
+        * kept.number(
+            f"capacity {shape} {size}",
+            partial(capacity, poisson(*shape, 1.0, 60 * size, 0, spread=0.3), PROFILE, size),
+        )
         for shape in (PREFILL_HEAVY, DECODE_HEAVY)
     }
     ratios: list[float] = []
     for seed in SEEDS[:1] if quick else SEEDS:
         parts = [Phase(seconds, rates[s], *s) for s in (PREFILL_HEAVY, DECODE_HEAVY, PREFILL_HEAVY)]
         work = phases(parts, seed)
-        share, static = best_share(work, PROFILE, "static-split", size, PHASE_SLO, seed=seed)
-        for name, start in ((OURS, share), (OURS, None), ("least-requests", None)):
-            cluster = simulate(work, PROFILE, name, size, seed=seed, prefill_share=start)
-            summary = summarize(cluster, PHASE_SLO)
+
+        def figures(name: str, share: float | None, work: Workload = work, seed: int = seed) -> Summary:
+            return kept.summary(
+                f"phases {size} {name} {share} {seed}", partial(phase_run, work, name, size, seed, share)
+            )
+
+        splits = {share: figures("static-split", share) for share in SHARES}
+        share = max(splits, key=lambda each: (splits[each].goodput, -splits[each].ttft_mean))
+        for name, start in ((OURS, share), (OURS, None), (FIXED, None), ("least-requests", None)):
             label = name if start is None else f"{name}, roles from {start:.0%} prefill"
-            _phase_row(report, seed, label, summary)
-            if start is not None:
-                ratios.append(summary.goodput / max(static.goodput, 1e-9))
-                none = summary.dropped == 0
-                report.check(f"seed {seed}: dropped by flips", float(summary.dropped), "requests", "0", none)
-        _phase_row(report, seed, f"static-split, {share:.0%} prefill", static)
+            _phase_row(report, seed, label, figures(name, start))
+        _phase_row(report, seed, f"static-split, {share:.0%} prefill", splits[share])
+        ours = figures(OURS, share)
+        ratios.append(ours.goodput / max(splits[share].goodput, 1e-9))
+        report.check(
+            f"seed {seed}: dropped while roles changed",
+            float(ours.dropped),
+            "requests",
+            "0",
+            not ours.dropped,
+        )
     ratio = common.mean(ratios)
     report.check("phase shift: goodput over the best static split's", ratio, "x", ">= 1.3", ratio >= 1.3)
+
+
+def phase_run(work: Workload, name: str, size: int, seed: int, share: float | None) -> Summary:
+    cluster = simulate(work, PROFILE, name, size, seed=seed, prefill_share=share, slo=PHASE_SLO)
+    return summarize(cluster, PHASE_SLO)
 
 
 def _phase_row(report: common.Report, seed: int, policy: str, s: Summary) -> None:
@@ -233,7 +267,7 @@ def overload(report: common.Report, quick: bool) -> None:
     slo = SLOS["azure"]
     for seed in SEEDS[:1] if quick else SEEDS:
         high = _band(shape, HIGH_SHARE * whole, count * size // 8, seed, 0, HIGH)
-        alone = simulate(high, PROFILE, OURS, size, seed=seed)
+        alone = simulate(high, PROFILE, OURS, size, seed=seed, slo=slo)
         seconds = high.span
         # Three tenants ask alike, the fourth for three times as much.
         asked = (2 - HIGH_SHARE) * whole / (TENANTS + 2)
@@ -242,7 +276,7 @@ def overload(report: common.Report, quick: bool) -> None:
             for tenant, times in zip(range(1, TENANTS + 1), (1, 1, 1, 3), strict=True)
         ]
         work = merge([high, *low], "overload")
-        both = simulate(work, PROFILE, OURS, size, seed=seed, horizon=float(work.arrival[-1]) + 120)
+        both = simulate(work, PROFILE, OURS, size, seed=seed, slo=slo, horizon=float(work.arrival[-1]) + 120)
         first = work.priority == HIGH
         kept, was = float(met(both, slo)[first].mean()), float(met(alone, slo).mean())
         cost = work.prompt + work.output
@@ -289,15 +323,18 @@ def main() -> int:
     parser.add_argument("--part", choices=("cells", "phases", "overload", "scale"), action="append")
     parser.add_argument("--sizes", type=int, nargs="+", help="executors of the cells")
     parser.add_argument("--resume", type=Path, help="keep the cells' figures here, and go on from them")
+    parser.add_argument("--others", action="store_true", help="leave ours out, to fill --resume")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds; go on with --resume")
     args = parser.parse_args()
     code = 0
     for part in args.part or ("cells", "phases", "overload", "scale"):
         report = common.Report(f"twin: {part}")
         if part == "cells":
             sizes = tuple(args.sizes or (SIZES[:1] if args.quick else SIZES))
-            cells(report, args.quick, sizes, Kept(args.resume))
+            names = (*COLOCATED, *SPLIT) if args.others else (OURS, *COLOCATED, *SPLIT)
+            cells(report, args.quick, sizes, Kept(args.resume, args.stop_after), names)
         elif part == "phases":
-            phase_shift(report, args.quick)
+            phase_shift(report, args.quick, Kept(args.resume, args.stop_after))
         elif part == "overload":
             overload(report, args.quick)
         else:

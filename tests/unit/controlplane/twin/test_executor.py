@@ -8,7 +8,7 @@ import pytest
 
 from controlplane.scheduling.types import Role
 from controlplane.twin.baselines import LeastRequests, StaticSplit, split_roles
-from controlplane.twin.cluster import Cluster
+from controlplane.twin.cluster import REJECTED_TIMEOUT, Cluster, Place
 from controlplane.twin.costs import CostProfile
 from controlplane.twin.results import tpot, ttft
 from controlplane.twin.workload import Workload, build
@@ -178,3 +178,39 @@ def test_a_flip_changes_the_next_step_and_drops_nothing() -> None:
     twin.run()
     assert twin.flips > 10
     assert not twin.reasons
+
+
+def test_a_hand_over_that_finds_no_decode_executor_goes_on_unified() -> None:
+    class Nobody(StaticSplit):
+        def place_decode(self, request: int, source: int, now: float) -> int | None:
+            return None
+
+    load = build("few", [0.0, 0.1], [100, 200], [11, 20])
+    twin = Cluster(load, split_roles(2, 1), profile(), Nobody())
+    twin.policy.place = lambda request, now: Place(0, disaggregated=True)  # type: ignore[method-assign]
+    twin.run()
+    assert twin.given_up == 2
+    assert (twin.ended_at > 10).all()
+    assert (twin.first_at < 2).all()
+    for te in twin.tes:
+        assert (te.tasks, te.queued, te.transfers_out, te.free_blocks) == (0, 0, 0, te.total_blocks)
+
+
+def test_what_waits_goes_by_priority_and_ends_with_a_reason() -> None:
+    class Full(LeastRequests):
+        open = 0.0
+
+        def place(self, request: int, now: float) -> Place | None:
+            return super().place(request, now) if now >= self.open else None
+
+    load = build("three", [0.0, 0.1, 0.2], [50, 50, 50], [5, 5, 5], priority=[0, 0, 9])
+    late = Full()
+    late.open = 1e9
+    twin = Cluster(load, [Role.COLOCATED], profile(), late)
+    twin.run()
+    assert set(twin.reasons.values()) == {REJECTED_TIMEOUT}
+    soon = Full()
+    soon.open = 1.5
+    twin = Cluster(load, [Role.COLOCATED], profile(max_running=1, max_batch_tokens=512), soon)
+    twin.run()
+    assert twin.first_at[2] == twin.first_at.min()

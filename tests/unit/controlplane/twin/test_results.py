@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from controlplane.scheduling.types import Role
 from controlplane.twin import plots
 from controlplane.twin.cluster import REJECTED_TOO_LARGE
-from controlplane.twin.costs import roofline_profile
-from controlplane.twin.heatmap import fill
+from controlplane.twin.costs import ProfileError, roofline_profile
+from controlplane.twin.heatmap import fill, read, save
 from controlplane.twin.results import Slo, jain, paired_ratio, summarize
 from controlplane.twin.scenario import POLICIES, UnknownPolicy, best_share, capacity, roles_for, simulate
 from controlplane.twin.workload import build, poisson
@@ -90,12 +91,17 @@ def test_roles_leave_no_side_of_a_split_empty() -> None:
         simulate(poisson(10, 10, 1.0, 2, 0), PROFILE, "chance", 2)
 
 
-def test_the_heat_map_prefers_disaggregation_for_long_prompts_with_short_answers() -> None:
+def test_the_heat_map_prefers_disaggregation_for_long_prompts_with_short_answers(tmp_path: Path) -> None:
     found = fill(PROFILE, prefills=(64, 4096), ratios=(1 / 64, 1.0), loads=(0.5,), requests=60)
     assert found.cells.shape == (1, 2, 2)
     assert found.summed[1, 0] > found.summed[1, 1]
     assert found.summed[0, 1] < 0
     assert 0 <= found.steady <= 1
+    save(found, PROFILE, tmp_path / "heat.json")
+    assert read(tmp_path / "heat.json").value(4096, 64) == pytest.approx(found.summed[1, 0], abs=1e-3)
+    (tmp_path / "odd.json").write_text("{}")
+    with pytest.raises(ProfileError, match="odd"):
+        read(tmp_path / "odd.json")
 
 
 def test_plots_are_well_formed() -> None:
