@@ -69,9 +69,11 @@ def _convert(raw: Json, definitions: Json, where: str) -> Json:
 
 def _property(raw: Json, definitions: Json, where: str) -> Json:
     out = _convert(raw, definitions, where)
-    # An absent object is an empty one where the type makes one: then its own defaults count.
+    # An absent object is one of its own defaults where the type makes one. They are written out: the API server
+    # holds a default against the object's rules as it stands, before it fills in what the fields below say.
     if "default" in out and "properties" in out:
-        out["default"] = {}
+        fields = out["properties"].items()
+        out["default"] = {name: child["default"] for name, child in fields if "default" in child}
     elif out.get("default") in ([], {}):
         del out["default"]
     if "description" not in out:
