@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from controlplane.cli import calibrate, chat, crds, jobs, keys, models, simulate, stack, uninstall
+from controlplane.cli import calibrate, chat, crds, jobs, keys, models, operator, simulate, stack, uninstall
 from controlplane.cli.output import CliError, fail
 from controlplane.local.errors import AlreadyRunning, NotRunning, StackError
 from controlplane.local.topology import TopologyError
@@ -34,6 +34,7 @@ app.command("status")(stack.status)
 app.command("chat")(chat.chat)
 app.command("explain")(jobs.explain)
 app.command("calibrate")(calibrate.calibrate)
+app.command("operator")(operator.operator)
 app.command("simulate")(simulate.simulate)
 app.command("uninstall")(uninstall.uninstall)
 app.add_typer(crds.app, name="crds")

@@ -40,6 +40,7 @@ class PodState(StrEnum):
 
 ANNOTATION_CLAIMED_AT = f"{GROUP}/claimed-at"  # pods: RFC 3339
 ANNOTATION_SERVING_UID = f"{GROUP}/model-serving-uid"  # pods: uid of the claimant, since names come again
+ANNOTATION_LOAD_HASH = f"{GROUP}/load-hash"  # pods: hash of the source and options it was claimed for
 ANNOTATION_REVISION = f"{GROUP}/model-revision"  # pods: revision that was loaded
 ANNOTATION_ROLE_EPOCH = f"{GROUP}/role-epoch"  # pods: epoch of the role last set
 ANNOTATION_DRAIN_SINCE = f"{GROUP}/drain-since"  # pods: RFC 3339
@@ -139,6 +140,8 @@ PORT_GRPC = 7400  # tasks, KV handshakes, health: named "grpc"
 PORT_KV = 7401  # KV to other hosts: named "kv"
 PORT_METRICS = 7402  # /metrics: named "metrics"
 PORT_TASKS = 7404  # the Tasks stream over a plain connection: --tasks-listen (7403 is the fetcher's)
+CONTAINER_FETCHER = "fetcher"
+PORT_FETCH = 7403  # the operator asks for a model's files here: named "fetch"
 CACHE_PATH = "/var/cache/deepflow"  # $DEEPFLOW_CACHE in every pod: models and model cards
 SHARED_PATH = "/run/deepflow"  # writable folder of sockets and endpoint files
 # Environment of the operator: "SECRET/KEY" in the pods' namespace that executors take theirs from.

@@ -1,0 +1,85 @@
+"""One ModelServing: its executors from claim to deletion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from controlplane.api.resources.modelserving import Role
+from controlplane.api.resources.names import PodState, Reason
+from controlplane.operator.plan import drain, replace, roles
+from controlplane.operator.plan.claim import claims
+from controlplane.operator.plan.start import start
+from controlplane.operator.plan.values import Action, Delete, Plan, Pod, Serving, Timing
+
+STARTING_AGAIN_SECONDS = 5.0
+"""While something is on its way, look again without being told."""
+
+
+def plan_serving(
+    serving: Serving,
+    pods: Sequence[Pod],
+    free: Sequence[Pod],
+    now: float,
+    *,
+    may_claim: int,
+    template_hashes: frozenset[str] = frozenset(),
+    timing: Timing | None = None,
+) -> Plan:
+    """`pods`: all that carry the ModelServing's name. `free`: warm pods that are not spoken for, of which at
+    most `may_claim` are taken. `template_hashes`: current ones of the profile's pools; empty: unknown."""
+    timing = timing or Timing()
+    want = dict.fromkeys(Role, 0) if serving.deleting else {role: serving.want.get(role, 0) for role in Role}
+    mine = [pod for pod in pods if pod.serving_uid == serving.uid]
+    strangers = [pod for pod in pods if pod.serving_uid != serving.uid]  # of a namesake that was deleted
+    active = [pod for pod in mine if not pod.deleting and pod.state is not PodState.DRAINING]
+    dead, outdated, good = replace.split(active, serving, template_hashes, now, timing)
+    actions: list[Action] = [Delete(pod, Reason.REPLACED) for pod in dead]
+
+    changes, after = roles.change_roles(good, want)
+    actions += changes
+    have = Counter(after.values())
+    old = Counter((pod.role or Role.COLOCATED) for pod in outdated)
+    # Outdated executors keep their places until they may go: counts exceed the wanted by the surge only.
+    lacking = {
+        role: max(0, min(want[role] - have[role], want[role] + timing.surge - have[role] - old[role]))
+        for role in Role
+    }
+    made = claims(lacking, free[: max(0, may_claim)])
+    actions += made
+
+    leaving = {pod.uid: pod for pod in drain.surplus(good, after, want)}
+    leaving |= {pod.uid: pod for pod in drain.replaced(good, outdated, after, want)}
+    changed = {change.pod.uid for change in changes}
+    for pod in good:
+        if pod.uid not in leaving and pod.uid not in changed:
+            actions += start(pod)
+    for pod in (
+        *leaving.values(),
+        *(p for p in strangers if p.state is not PodState.DRAINING and not p.deleting),
+    ):
+        if pod.ended:
+            actions.append(Delete(pod, Reason.GARBAGE_COLLECTED))
+        else:
+            actions.append(drain.begin(pod))
+    draining = [pod for pod in pods if pod.state is PodState.DRAINING]
+    for pod in draining:
+        actions += drain.drain(pod, serving.drain_seconds, now, timing)
+
+    counts = {
+        role: (
+            sum(pod.serves and after.get(pod.uid, pod.role) is role for pod in (*good, *outdated)),
+            sum(not pod.serves and after[pod.uid] is role for pod in good),
+            sum(pod.role is role for pod in draining),
+        )
+        for role in Role
+    }
+    missing = sum(lacking.values()) - len(made)
+    moving = bool(actions or draining or outdated or missing) or any(not pod.serves for pod in good)
+    return Plan(
+        actions=tuple(actions[: timing.max_actions]),
+        missing=missing,
+        again_after=STARTING_AGAIN_SECONDS if moving else None,
+        outdated=len(outdated),
+        counts=counts,
+    )
