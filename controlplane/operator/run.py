@@ -1,7 +1,7 @@
 """One operator process: waits for the lease, then runs watches, controllers and scaling.
 
-Followers hold no watches: taking over lists everything afresh, so a leader never acts on what another has left
-in its memory.
+Followers hold no watches: taking over lists everything afresh, so a leader never acts on what it remembers
+from before.
 """
 
 from __future__ import annotations

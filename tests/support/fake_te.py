@@ -50,7 +50,8 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
             device=DEVICE, role=self.role, role_epoch=self.epoch,
         )  # fmt: skip
         load = common_pb2.LoadReport(
-            role=self.role, role_epoch=self.epoch, running=self.tasks, queued_prefill_tokens=self.queued_tokens,
+            role=self.role, role_epoch=self.epoch, running=self.tasks,
+            queued_prefill_tokens=self.queued_tokens,
             prefill_tokens_per_second=1000.0, kv_blocks_total=1000,
             kv_blocks_free=round(1000 * (1 - self.kv_used)),
             draining=self.state == worker_pb2.EXECUTOR_STATE_DRAINING,

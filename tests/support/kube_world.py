@@ -1,4 +1,4 @@
-"""A cluster for tests of the operator: an API (emulated or real), a kubelet that is a fake, and fake executors.
+"""A cluster for tests of the operator: an API (emulated or real), a fake kubelet and fake executors.
 
 The kubelet watches pods as a real one does, serves a fake executor and a real fetcher at an address of
 127.0.0.0/8 for each, and reports what a real one would. It works against any API server.
@@ -234,8 +234,8 @@ class World:
         for obj in await self.pods():
             labels = obj["metadata"]["labels"]
             te = self.kubelet.pods.get(obj["metadata"]["name"])
-            lines.append(f"pod {obj['metadata']['name']}: {labels.get(LABEL_STATE)} {labels.get(LABEL_SERVING)} "
-                         f"{obj['status'].get('phase')} te={te.te if te else None}")  # fmt: skip
+            shown = (labels.get(LABEL_STATE), labels.get(LABEL_SERVING), obj["status"].get("phase"))
+            lines.append(f"pod {obj['metadata']['name']}: {shown} te={te.te if te else None}")
         return "\n".join(lines)
 
     def settings(self, **given: Any) -> OperatorSettings:

@@ -26,6 +26,7 @@ METRIC_MODULES = (
     "controlplane.jobs.metrics",
     "controlplane.kube.metrics",
     "controlplane.local.metrics",
+    "controlplane.operator.metrics",
     "flowserve.engine.metrics",
     "flowserve.rtc.metrics",
     "flowserve.shell.metrics",

@@ -14,7 +14,15 @@ def surplus(good: Sequence[Pod], after: Mapping[str, Role], want: Mapping[Role, 
     leaving: list[Pod] = []
     for role in Role:
         mine = [pod for pod in good if after[pod.uid] is role]
-        mine.sort(key=lambda pod: (pod.serves, pod.te.tasks if pod.te else 0, -pod.claimed_at, pod.key))
+        mine.sort(
+            key=lambda pod: (
+                pod.serves,
+                pod.te is None or pod.te.state is not TeState.UNREACHABLE,
+                pod.te.tasks if pod.te else 0,
+                -pod.claimed_at,
+                pod.key,
+            )
+        )
         leaving += mine[: max(0, len(mine) - want.get(role, 0))]
     return leaving
 
@@ -33,6 +41,13 @@ def replaced(
         spare = ready + len(serving) - want.get(role, 0)
         leaving += idle + serving[: max(0, spare)]
     return leaving
+
+
+def affordable(going: Sequence[Pod], spare: int) -> list[Pod]:
+    """Those that serve nobody, and of the others as many as are above the wanted count of all roles together:
+    a role may be met by executors that are still on their way."""
+    serving = [pod for pod in going if pod.serves]
+    return [pod for pod in going if not pod.serves] + serving[: max(0, spare)]
 
 
 def begin(pod: Pod) -> Mark:

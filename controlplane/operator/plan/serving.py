@@ -48,8 +48,9 @@ def plan_serving(
     made = claims(lacking, free[: max(0, may_claim)])
     actions += made
 
-    leaving = {pod.uid: pod for pod in drain.surplus(good, after, want)}
-    leaving |= {pod.uid: pod for pod in drain.replaced(good, outdated, after, want)}
+    going = [*drain.replaced(good, outdated, after, want), *drain.surplus(good, after, want)]
+    spare = sum(pod.serves for pod in (*good, *outdated)) - sum(want.values())
+    leaving = {pod.uid: pod for pod in drain.affordable(going, spare)}
     changed = {change.pod.uid for change in changes}
     for pod in good:
         if pod.uid not in leaving and pod.uid not in changed:

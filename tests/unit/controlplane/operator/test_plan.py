@@ -1,0 +1,357 @@
+"""Properties of the planners: from any state, with any failures on the way, plans converge, stay within
+bounds, take away nothing that serves before its replacement does, and want nothing once they are met."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.api.resources.modelserving import Role
+from controlplane.api.resources.names import PodState
+from controlplane.operator.plan import plan_pool, plan_serving
+from controlplane.operator.plan.claim import Want, claimable, share
+from controlplane.operator.plan.values import (
+    Assign,
+    Claim,
+    Create,
+    Delete,
+    DrainTe,
+    Load,
+    Mark,
+    Plan,
+    Pod,
+    Pool,
+    PushRole,
+    Serving,
+    Te,
+    TeState,
+)
+
+HASH, TEMPLATE = "load-1", "template-1"
+TEMPLATES = frozenset({TEMPLATE})
+STEP = 5.0
+ROUNDS = 400
+
+roles = st.sampled_from(list(Role))
+te_states = st.sampled_from(list(TeState))
+counts = st.dictionaries(roles, st.integers(0, 3))
+
+
+@st.composite
+def tes(draw: st.DrawFn) -> Te | None:
+    if draw(st.integers(0, 4)) == 0:
+        return None
+    state = draw(te_states)
+    silent = draw(st.sampled_from([0.0, 900.0, 999.0])) if state is TeState.UNREACHABLE else None
+    return Te(
+        state,
+        role=draw(roles),
+        epoch=draw(st.integers(0, 5)),
+        revision="m@1" if state in (TeState.READY, TeState.LOADING) else "",
+        tasks=draw(st.integers(0, 2)),
+        hung=draw(st.integers(0, 9)) == 0,
+        silent_since=silent,
+    )
+
+
+@st.composite
+def pods(draw: st.DrawFn) -> list[Pod]:
+    made = []
+    for number in range(draw(st.integers(0, 7))):
+        state = draw(
+            st.sampled_from([PodState.CLAIMED, PodState.SERVING, PodState.SERVING, PodState.DRAINING])
+        )
+        made.append(
+            Pod(
+                key=("n", f"p{number}"),
+                uid=f"u{number}",
+                version="1",
+                state=state,
+                pool="pool",
+                serving_uid=draw(st.sampled_from(["s", "s", "s", "old"])),
+                role=draw(roles),
+                epoch=draw(st.integers(0, 3)),
+                load_hash=draw(st.sampled_from([HASH, HASH, "load-0"])),
+                template_hash=draw(st.sampled_from([TEMPLATE, TEMPLATE, "template-0"])),
+                created=0.0,
+                claimed_at=draw(st.sampled_from([0.0, 990.0])),
+                drain_since=990.0 if state is PodState.DRAINING else None,
+                ended=draw(st.integers(0, 9)) == 0,
+                ready=draw(st.booleans()),
+                te=draw(tes()),
+            )
+        )
+    return made
+
+
+@dataclass
+class Sim:
+    """A cluster of one ModelServing and one pool, that does what plans say, and some of it not."""
+
+    serving: Serving
+    pool: Pool
+    pods: dict[str, Pod]
+    now: float = 1000.0
+    ids: itertools.count = field(default_factory=lambda: itertools.count(100))  # type: ignore[type-arg]
+
+    def all(self) -> list[Pod]:
+        return [pod for pod in self.pods.values() if pod.state is not PodState.WARM]
+
+    def warm(self) -> list[Pod]:
+        return [pod for pod in self.pods.values() if pod.state is PodState.WARM]
+
+    def plan(self) -> Plan:
+        free = claimable(self.warm())
+        return plan_serving(
+            self.serving, self.all(), free, self.now, may_claim=len(free), template_hashes=TEMPLATES
+        )
+
+    def turn(self, lost: set[int] = frozenset()) -> Plan:  # type: ignore[assignment]
+        """One turn of both controllers; actions whose number is in `lost` do not happen."""
+        plan = self.plan()
+        for number, action in enumerate(plan.actions):
+            if number not in lost:
+                self.act(action)
+        self.pool = replace(self.pool, missing=plan.missing)
+        for action in plan_pool(self.pool, list(self.pods.values()), self.now).actions:
+            self.act(action)
+        self.world()
+        return plan
+
+    def act(self, action: object) -> None:
+        match action:
+            case Create(count):
+                for _ in range(count):
+                    number = next(self.ids)
+                    self.pods[f"u{number}"] = Pod(
+                        ("n", f"p{number}"), f"u{number}", "1", PodState.WARM, pool="pool",
+                        template_hash=self.pool.template_hash, created=self.now,
+                    )  # fmt: skip
+            case Claim(pod, role, epoch):
+                assert self.pods[pod.uid].state is PodState.WARM
+                self.put(pod, state=PodState.CLAIMED, role=role, epoch=epoch, te=Te(TeState.WARM))
+                self.put(pod, serving_uid="s", load_hash=HASH, claimed_at=self.now)
+            case Assign(pod, role, epoch):
+                assert epoch > pod.epoch
+                self.put(pod, role=role, epoch=epoch)
+                self.tell(pod, role=role, epoch=epoch)
+            case PushRole(pod, role, epoch):
+                self.tell(pod, role=role, epoch=epoch)
+            case Load(pod):
+                te = self.pods[pod.uid].te
+                if te is not None and te.state is TeState.WARM:
+                    self.tell(pod, state=TeState.LOADING)
+            case Mark(pod, state, _, revision):
+                since = self.now if state is PodState.DRAINING else None
+                self.put(pod, state=state, drain_since=since)
+                assert state is not PodState.SERVING or revision
+            case DrainTe(pod):
+                te = self.pods[pod.uid].te
+                if te is None or te.state is not TeState.UNREACHABLE:
+                    self.tell(pod, state=TeState.DRAINING)
+            case Delete(pod):
+                del self.pods[pod.uid]
+
+    def put(self, pod: Pod, **changes: object) -> None:
+        self.pods[pod.uid] = replace(self.pods[pod.uid], **changes)  # type: ignore[arg-type]
+
+    def tell(self, pod: Pod, **changes: object) -> None:
+        te = self.pods[pod.uid].te or Te(TeState.WARM)
+        if te.state is not TeState.UNREACHABLE:
+            self.put(pod, te=replace(te, **changes))  # type: ignore[arg-type]
+
+    def world(self) -> None:
+        """What happens by itself."""
+        self.now += STEP
+        for pod in list(self.pods.values()):
+            te = pod.te
+            if pod.state is PodState.WARM:
+                self.put(pod, ready=True)
+            elif te is None and not pod.ended:
+                self.put(
+                    pod,
+                    te=Te(TeState.WARM if pod.state is PodState.CLAIMED else TeState.READY, revision="m@1"),
+                )
+            elif te is not None and te.state is TeState.LOADING:
+                self.put(pod, te=replace(te, state=TeState.READY, revision="m@1"))
+            elif te is not None and te.tasks and te.state is TeState.DRAINING:
+                self.put(pod, te=replace(te, tasks=te.tasks - 1))
+
+    def met(self) -> bool:
+        have = dict.fromkeys(Role, 0)
+        for pod in self.all():
+            if not pod.serves or pod.role is None:
+                return False
+            have[pod.role] += 1
+        return have == {role: self.serving.want.get(role, 0) for role in Role}
+
+
+def sim(found: list[Pod], want: dict[Role, int], *, deleting: bool = False) -> Sim:
+    serving = Serving(("n", "m"), "s", want, HASH, drain_seconds=30.0, deleting=deleting)
+    pool = Pool(("n", "pool"), "pool", 1, 40, TEMPLATE)
+    return Sim(serving, pool, {pod.uid: pod for pod in found})
+
+
+losses = st.lists(st.sets(st.integers(0, 12), max_size=6), max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pods(), counts, losses)
+def test_plans_converge_and_then_want_nothing(
+    found: list[Pod], want: dict[Role, int], lost: list[set[int]]
+) -> None:
+    world = sim(found, want)
+    for losing in lost:
+        world.turn(losing)
+    for _ in range(ROUNDS):
+        plan = world.turn()
+        if world.met() and not plan.actions and not plan.missing:
+            break
+    assert world.met(), (world.serving.want, world.all())
+    assert world.plan().actions == () and world.plan().again_after is None
+    assert len(world.warm()) == world.pool.size
+
+
+@settings(max_examples=150, deadline=None)
+@given(pods(), counts, losses)
+def test_what_serves_goes_only_once_enough_others_do(
+    found: list[Pod], want: dict[Role, int], lost: list[set[int]]
+) -> None:
+    world = sim(found, want)
+    total = sum(want.values())
+    for losing in [*lost, *[set()] * 40]:
+        plan = world.plan()
+        doomed = {
+            a.pod.uid
+            for a in plan.actions
+            if (isinstance(a, Mark) and a.state is not PodState.SERVING)
+            or (isinstance(a, Delete) and a.pod.state is not PodState.DRAINING)
+        }
+        # An executor that is dead or lost its model serves nobody, whatever its label says.
+        dead = {
+            p.uid for p in world.all() if p.ended or (p.te and (p.te.hung or p.te.state is TeState.FAILED))
+        }
+        ours = {p.uid for p in world.all() if p.serves and p.serving_uid == world.serving.uid} - dead
+        dead |= {
+            p.uid  # silent to us, and its kubelet does not call it ready either
+            for p in world.all()
+            if p.te is not None and p.te.state is TeState.UNREACHABLE and not p.ready
+        }
+        taken = len(ours & doomed - dead)
+        assert not taken or len(ours) - taken >= total
+        world.turn(losing)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pods(), counts, losses)
+def test_executors_never_exceed_the_wanted_by_more_than_the_surge(
+    found: list[Pod], want: dict[Role, int], lost: list[set[int]]
+) -> None:
+    world = sim(found, want)
+    for losing in [*lost, *[set()] * 20]:
+        active = [p for p in world.all() if p.state is not PodState.DRAINING and p.serving_uid == "s"]
+        claimed = sum(isinstance(action, Claim) for action in world.plan().actions)
+        if claimed:
+            kept = sum(not p.ended for p in active)
+            assert claimed <= sum(want.values()) and (
+                claimed + kept <= max(sum(want.values()), kept) + len(Role) + sum(want.values())
+            )
+            good = [p for p in active if p.load_hash == HASH and p.template_hash == TEMPLATE and not p.ended]
+            for role in Role:
+                mine = sum(p.role is role for p in good)
+                more = sum(isinstance(a, Claim) and a.role is role for a in world.plan().actions)
+                assert more == 0 or mine + more <= want.get(role, 0) + len(good)
+        assert len(world.pods) <= world.pool.max_pods
+        world.turn(losing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pods(), losses)
+def test_deleting_ends_every_executor(found: list[Pod], lost: list[set[int]]) -> None:
+    world = sim(found, {Role.COLOCATED: 3}, deleting=True)
+    for losing in [*lost, *[set()] * ROUNDS]:
+        assert not any(isinstance(action, Claim) for action in world.plan().actions)
+        world.turn(losing)
+        if not world.all():
+            return
+    assert not world.all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(pods(), counts)
+def test_a_plan_is_a_function_of_what_is_there(found: list[Pod], want: dict[Role, int]) -> None:
+    world = sim(found, want)
+    assert world.plan() == world.plan()
+    shuffled = replace_order(world)
+    ours = sorted(map(repr, world.plan().actions))
+    assert ours == sorted(map(repr, shuffled.plan().actions))
+
+
+def replace_order(world: Sim) -> Sim:
+    return Sim(world.serving, world.pool, dict(reversed(world.pods.items())))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from([TEMPLATE, "old"])), max_size=12),
+    st.integers(0, 6),
+    st.integers(0, 4),
+    st.integers(1, 12),
+    st.integers(0, 5),
+)
+def test_a_pool_converges_within_its_bounds(
+    warm: list[tuple[bool, bool, str]], size: int, missing: int, max_pods: int, claimed: int
+) -> None:
+    pool = Pool(("n", "pool"), "pool", min(size, max_pods), max_pods, TEMPLATE, missing=missing)
+    found = {
+        f"w{i}": Pod(
+            ("n", f"w{i}"), f"w{i}", "1", PodState.WARM, ready=ready, ended=ended, template_hash=template
+        )
+        for i, (ready, ended, template) in enumerate(warm)
+    }
+    for number in range(claimed):
+        found[f"c{number}"] = Pod(("n", f"c{number}"), f"c{number}", "1", PodState.SERVING)
+    ids = itertools.count()
+    start = len(found)
+    for _ in range(60):
+        plan = plan_pool(pool, list(found.values()), 0.0)
+        ready = sum(p.ready and not p.ended for p in found.values() if p.state is PodState.WARM)
+        for action in plan.actions:
+            if isinstance(action, Create):
+                for _ in range(action.count):
+                    name = f"n{next(ids)}"
+                    found[name] = Pod(("n", name), name, "1", PodState.WARM, template_hash=TEMPLATE)
+            elif isinstance(action, Delete):
+                assert action.pod.state is PodState.WARM and action.unchanged
+                del found[action.pod.uid]
+        assert len(found) <= max(start, max_pods)
+        room = max(0, max_pods - claimed)
+        want = min(pool.size + missing, room)
+        left = sum(p.ready and not p.ended for p in found.values() if p.state is PodState.WARM)
+        assert left >= min(ready, want) - 1
+        if not plan.actions:
+            break
+        found = {uid: replace(pod, ready=True) for uid, pod in found.items()}
+    assert plan.actions == ()
+    mine = [pod for pod in found.values() if pod.state is PodState.WARM]
+    assert len(mine) == want and all(pod.template_hash == TEMPLATE for pod in mine)
+
+
+@given(
+    st.integers(0, 10),
+    st.lists(st.tuples(st.integers(-2, 2), st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=6),
+)
+def test_warm_pods_are_shared_once_and_by_priority(free: int, wants: list[tuple[int, int, int]]) -> None:
+    everyone = [
+        Want(("n", f"m{number}"), priority, missing, float(since))
+        for number, (priority, missing, since) in enumerate(wants)
+    ]
+    given = {want.key: share(free, want, everyone) for want in everyone}
+    assert sum(given.values()) <= free or sum(want.missing for want in everyone) <= free
+    assert sum(given.values()) == min(free, sum(want.missing for want in everyone))
+    for want in everyone:
+        if given[want.key] < want.missing:
+            assert all(given[o.key] == 0 for o in everyone if o.priority < want.priority)
