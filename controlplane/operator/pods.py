@@ -38,6 +38,7 @@ from controlplane.api.resources.names import (
     PORT_GRPC,
     PORT_KV,
     PORT_METRICS,
+    PORT_TASKS,
     SHARED_PATH,
     PodState,
     Reason,
@@ -100,6 +101,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
             *("--te-id", "$(POD_NAMESPACE).$(POD_NAME)", "--listen", f"0.0.0.0:{PORT_GRPC}"),
             *("--advertise-host", "$(POD_IP)", "--kv-data-listen", f"0.0.0.0:{PORT_KV}"),
             *("--metrics-listen", f"0.0.0.0:{PORT_METRICS}", "--device", spec.device),
+            *("--tasks-listen", f"0.0.0.0:{PORT_TASKS}"),
             *("--tensor-parallel", str(spec.tensor_parallel), "--threads", str(spec.threads)),
             *("--drain-seconds", str(max(1, grace - DRAIN_MARGIN_SECONDS)), *spec.args),
         ],
@@ -107,6 +109,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
         "ports": [
             {"name": "grpc", "containerPort": PORT_GRPC},
             {"name": "kv", "containerPort": PORT_KV},
+            {"name": "tasks", "containerPort": PORT_TASKS},
             {"name": "metrics", "containerPort": PORT_METRICS},
         ],
         # Alive and warm, not "has a model": a loading executor must not be restarted, a warm one is ready.

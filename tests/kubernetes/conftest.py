@@ -1,4 +1,4 @@
-"""Helm for the tests of the chart ($DEEPFLOW_HELM, else `helm` on PATH, else what `./dev check` fetched), and an
+"""Helm for tests of the chart ($DEEPFLOW_HELM, else `helm` on PATH, else what `./dev check` fetched), and an
 API for tests of the operator: kmock's emulator always, and a real API server where one is found."""
 
 from __future__ import annotations
