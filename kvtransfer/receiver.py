@@ -430,6 +430,7 @@ class Receiver:
             self._host,
             self._workers,
             self._streams,
+            store,
             attempt=attempt,
         )
 
