@@ -430,7 +430,6 @@ class Receiver:
             self._host,
             self._workers,
             self._streams,
-            store,
             attempt=attempt,
         )
 

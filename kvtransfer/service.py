@@ -25,8 +25,6 @@ from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool
 from kvtransfer.sender import Chunk, Sender
 from kvtransfer.shm import PoolServer, host_identity
-from kvtransfer.transports.collective import NAME as COLLECTIVE
-from kvtransfer.transports.collective_serve import Groups
 from kvtransfer.transports.grpc_serve import read_frames
 from kvtransfer.transports.onesided import LIBRARIES, Source
 from kvtransfer.transports.stream_server import StreamServer
@@ -50,7 +48,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class KVTransferService:
     """Serves one Sender. Without `shm_dir` nothing is shared on the host; `data_listen` is the host and
     port of the data socket (port 0: any), without it other hosts read over gRPC. `library` ("nixl",
-    "mooncake") reads the pool at `host`, where it is asked for, or "collective" sends it."""
+    "mooncake") reads the pool at `host`, where it is asked for."""
 
     def __init__(
         self,
@@ -78,7 +76,6 @@ class KVTransferService:
         self._host = host
         self._registered: tuple[str, Source] | None = None  # of the pool with this id
         self._registering = asyncio.Lock()
-        self._groups = Groups(sender, host) if library == COLLECTIVE else None
         self._reads = asyncio.Semaphore(max_reads)
         self._waiting_reads = 0
         self._watches = 0
@@ -104,7 +101,6 @@ class KVTransferService:
                         "Handshake": unary(self.handshake, pb.HandshakeRequest, pb.HandshakeResponse),
                         "Renew": unary(self.renew, pb.RenewRequest, pb.RenewResponse),
                         "Finish": unary(self.finish, pb.FinishRequest, pb.FinishResponse),
-                        "Meet": unary(self.meet, pb.MeetRequest, pb.MeetResponse),
                         "Watch": grpc.unary_stream_rpc_method_handler(
                             self.watch,
                             request_deserializer=pb.WatchRequest.FromString,
@@ -169,8 +165,6 @@ class KVTransferService:
     def detach_store(self, reason: str = "the model was unloaded") -> None:
         self.sender.detach_store(reason)
         self._registered = None
-        if self._groups is not None:
-            self._groups.close()
 
     async def _reap(self) -> None:
         interval = min(MAX_REAP_SECONDS, self.sender.lease_seconds / 10)
@@ -211,9 +205,6 @@ class KVTransferService:
 
     async def _register(self, store: BlockStore, pool_id: str) -> pb.TransportOffer | None:
         """The configured library's offer; made once for each pool, None without it."""
-        if self._groups is not None:
-            offered = await self._groups.offered(store)
-            return pb.TransportOffer(name=COLLECTIVE, address=offered) if offered else None
         if self._library not in LIBRARIES or not isinstance(store, HostPool):
             return None
         async with self._registering:
@@ -292,30 +283,13 @@ class KVTransferService:
             self._waiting_reads -= 1
         metrics.ACTIVE_READS.inc()
         try:
-            if request.group and self._groups is None:
-                raise TransferError(TransferErrorCode.STALE_POOL, "no groups are met here")
-            if request.group and self._groups is not None:
-                frames = self._groups.read(request)
-            else:
-                frames = read_frames(self.sender, request)
-            async with contextlib.aclosing(frames):
-                async for frame in frames:
-                    yield frame
+            async for frame in read_frames(self.sender, request):
+                yield frame
         except TransferError as error:
             await _abort(context, error)
         finally:
             metrics.ACTIVE_READS.dec()
             self._reads.release()
-
-    async def meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetResponse:
-        """The board of a group of torch.distributed, see kvtransfer.transports.collective."""
-        store = self.sender.store
-        try:
-            if self._groups is None or store is None:
-                raise TransferError(TransferErrorCode.STALE_POOL, "no groups are met here")
-            return await self._groups.meet(request, store)
-        except TransferError as error:
-            await _abort(context, error)
 
     async def renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         try:

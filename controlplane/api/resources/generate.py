@@ -1,7 +1,8 @@
 """The CustomResourceDefinitions, made out of the types: `python -m controlplane.api.resources.generate`.
 
-Writes one file per kind into the chart's `crds` folder, or compares with what is there (`--check`), which
-`./dev check` does. `definitions()` is also what the operator's image applies on an upgrade.
+Writes one file per kind into the chart's `crds` folder and the list of all fields into docs/resources.md, or
+compares with what is there (`--check`), which `./dev check` does. `definitions()` is also what the operator's
+image applies on an upgrade.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import yaml
 from controlplane.api.resources import KINDS
 from controlplane.api.resources.base import Json, Resource
 from controlplane.api.resources.names import GROUP, PART_OF, VERSION
+from controlplane.api.resources.reference import reference
 from controlplane.api.resources.schema import structural
 
 FOLDER = Path("charts/deepflow/crds")
+DOCUMENT = Path("docs/resources.md")
 HEADER = "# Generated from controlplane/api/resources by `python -m controlplane.api.resources.generate`.\n"
 CATEGORY = "deepflow"
 _OF_ALL: Json = {
@@ -114,14 +117,16 @@ def files() -> dict[str, str]:
     }
 
 
-def differences(folder: Path) -> list[str]:
-    """What in `folder` is not as it would be written; empty where all is."""
+def differences(folder: Path, document: Path) -> list[str]:
+    """What in `folder`, and of `document`, is not as it would be written; empty where all is."""
     wanted = files()
     problems = [
         f"{folder / name} {'differs' if (folder / name).exists() else 'is missing'}"
         for name, text in wanted.items()
         if not (folder / name).exists() or (folder / name).read_text() != text
     ]
+    if not document.exists() or document.read_text() != reference(definitions()):
+        problems.append(f"{document} differs")
     return problems + [
         f"{path} is not generated" for path in folder.glob("*.yaml") if path.name not in wanted
     ]
@@ -130,16 +135,18 @@ def differences(folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the definitions")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="list of all fields")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     args = parser.parse_args()
     if args.check:
-        problems = differences(args.out)
+        problems = differences(args.out, args.document)
         for problem in problems:
             print(f"{problem}: run `python -m controlplane.api.resources.generate`", file=sys.stderr)
         sys.exit(1 if problems else 0)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, text in files().items():
         (args.out / name).write_text(text)
+    args.document.write_text(reference(definitions()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A pydantic type as a structural schema of Kubernetes (OpenAPI v3, a subset with extensions of its own).
 
-Structural schemas know no `$ref`, no `null`, no `const`, no `title`; a default of an object is `{}` so
-that the API server fills in the defaults below it. What a schema could say in a way that is not
-supported is an error here, not a definition that the API server refuses later.
+Structural schemas know no `$ref`, no `null`, no `const`, no `title`; a default of an object is written out
+with those of its fields. What a schema could say in a way that is not supported is an error here, not a
+definition that the API server refuses later.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _convert(raw: Json, definitions: Json, where: str) -> Json:
 
 def _property(raw: Json, definitions: Json, where: str) -> Json:
     out = _convert(raw, definitions, where)
-    # An absent object is one of its own defaults where the type makes one. They are written out: the API server
-    # holds a default against the object's rules as it stands, before it fills in what the fields below say.
+    # An absent object is one of its own defaults where the type makes one. They are written out: the API
+    # server holds a default against the object's rules as it stands, before it fills in the fields below.
     if "default" in out and "properties" in out:
         fields = out["properties"].items()
         out["default"] = {name: child["default"] for name, child in fields if "default" in child}

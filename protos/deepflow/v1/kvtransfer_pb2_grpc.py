@@ -59,11 +59,6 @@ class KVTransferStub:
                 request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishRequest.SerializeToString,
                 response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishResponse.FromString,
                 _registered_method=True)
-        self.Meet = channel.unary_unary(
-                '/deepflow.v1.KVTransfer/Meet',
-                request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.SerializeToString,
-                response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.FromString,
-                _registered_method=True)
 
 
 class KVTransferServicer:
@@ -99,12 +94,6 @@ class KVTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Meet(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_KVTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,11 +121,6 @@ def add_KVTransferServicer_to_server(servicer, server):
                     servicer.Finish,
                     request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishRequest.FromString,
                     response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishResponse.SerializeToString,
-            ),
-            'Meet': grpc.unary_unary_rpc_method_handler(
-                    servicer.Meet,
-                    request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.FromString,
-                    response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -274,33 +258,6 @@ class KVTransfer:
             '/deepflow.v1.KVTransfer/Finish',
             deepflow_dot_v1_dot_kvtransfer__pb2.FinishRequest.SerializeToString,
             deepflow_dot_v1_dot_kvtransfer__pb2.FinishResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Meet(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/deepflow.v1.KVTransfer/Meet',
-            deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.SerializeToString,
-            deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,7 +50,6 @@ class KVTransferStub:
     Read: _grpc.UnaryStreamMultiCallable[_kvtransfer_pb2.ReadRequest, _kvtransfer_pb2.ReadChunk]
     Renew: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.RenewRequest, _kvtransfer_pb2.RenewResponse]
     Finish: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.FinishRequest, _kvtransfer_pb2.FinishResponse]
-    Meet: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.MeetRequest, _kvtransfer_pb2.MeetResponse]
 
 @_typing.type_check_only
 class KVTransferAsyncStub(KVTransferStub):
@@ -60,7 +59,6 @@ class KVTransferAsyncStub(KVTransferStub):
     Read: _aio.UnaryStreamMultiCallable[_kvtransfer_pb2.ReadRequest, _kvtransfer_pb2.ReadChunk]  # type: ignore[assignment]
     Renew: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.RenewRequest, _kvtransfer_pb2.RenewResponse]  # type: ignore[assignment]
     Finish: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.FinishRequest, _kvtransfer_pb2.FinishResponse]  # type: ignore[assignment]
-    Meet: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.MeetRequest, _kvtransfer_pb2.MeetResponse]  # type: ignore[assignment]
 
 class KVTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -97,12 +95,5 @@ class KVTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kvtransfer_pb2.FinishRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.FinishResponse, _abc.Awaitable[_kvtransfer_pb2.FinishResponse]]: ...
-
-    @_abc_1.abstractmethod
-    def Meet(
-        self,
-        request: _kvtransfer_pb2.MeetRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_kvtransfer_pb2.MeetResponse, _abc.Awaitable[_kvtransfer_pb2.MeetResponse]]: ...
 
 def add_KVTransferServicer_to_server(servicer: KVTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

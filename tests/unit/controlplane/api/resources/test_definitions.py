@@ -14,6 +14,7 @@ from controlplane.api.resources import KINDS, ModelServing, RoleScaler, WarmPool
 from controlplane.api.resources.base import Resource
 from controlplane.api.resources.generate import definition, definitions, differences, files
 from controlplane.api.resources.modelserving import Role
+from controlplane.api.resources.reference import reference
 from controlplane.api.resources.schema import SchemaError, structural
 
 ROOT = Path(__file__).parents[5]
@@ -44,17 +45,21 @@ def root(kind: type[Resource]) -> dict[str, Any]:
 
 
 def test_the_chart_holds_what_the_types_say() -> None:
-    assert differences(ROOT / "charts/deepflow/crds") == []
+    assert differences(ROOT / "charts/deepflow/crds", ROOT / "docs/resources.md") == []
 
 
 def test_drift_is_named(tmp_path: Path) -> None:
     for name, text in files().items():
         (tmp_path / name).write_text(text)
-    assert differences(tmp_path) == []
+    document = tmp_path / "resources.md"
+    document.write_text(reference(definitions()))
+    assert differences(tmp_path, document) == []
     (tmp_path / "warmpools.deepflow.dev.yaml").write_text("{}")
     (tmp_path / "rolescalers.deepflow.dev.yaml").unlink()
     (tmp_path / "extra.yaml").write_text("{}")
-    found = " ".join(differences(tmp_path))
+    document.write_text("")
+    found = " ".join(differences(tmp_path, document))
+    assert "resources.md differs" in found
     assert "warmpools.deepflow.dev.yaml differs" in found
     assert "rolescalers.deepflow.dev.yaml is missing" in found
     assert "extra.yaml is not generated" in found
