@@ -1,7 +1,9 @@
 """`python -m controlplane.gateway`: one gateway process.
 
     --host 127.0.0.1 --port 8000 | --fd N     listen, or serve an inherited listening socket
-    --redis-url URL --catalogue FILE --gateway-id gw-0
+    --redis-url URL --gateway-id gw-0
+    --catalogue FILE                          the models, as a supervisor writes them
+    --kubernetes [--kube-namespace NAME]      the models, as ModelServings say
     --prometheus-dir DIR                      /metrics covers all processes that share DIR
     --require-key                             keys are needed on loopback too
     --endpoint-file FILE                      written when serving: {"address", "pid"}
@@ -34,13 +36,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--fd", type=int, help="an inherited listening TCP socket")
     parser.add_argument("--redis-url", default=os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0"))
-    parser.add_argument("--catalogue", required=True, metavar="FILE")
+    parser.add_argument("--catalogue", default="", metavar="FILE")
+    parser.add_argument("--kubernetes", action="store_true")
+    parser.add_argument("--kube-namespace", default="", metavar="NAME")
     parser.add_argument("--gateway-id", default="gw-0")
     parser.add_argument("--prometheus-dir", metavar="DIR")
     parser.add_argument("--require-key", action="store_true")
     parser.add_argument("--endpoint-file", metavar="FILE")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not (arguments.catalogue or arguments.kubernetes):
+        parser.error("give --catalogue FILE or --kubernetes")
+    return arguments
 
 
 def main() -> None:
@@ -71,6 +78,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         "gateway_id": arguments.gateway_id,
         "redis_url": arguments.redis_url,
         "catalogue_path": arguments.catalogue,
+        "kubernetes": arguments.kubernetes,
+        "kube_namespace": arguments.kube_namespace,
     }
     if arguments.require_key:
         overrides["require_key"] = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -24,18 +25,22 @@ from controlplane.api.openai import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from controlplane.fleet.demand import DemandWriter
 from controlplane.gateway.auth import Authenticator
-from controlplane.gateway.catalogue import Catalogue
+from controlplane.gateway.catalogue import Catalogue, CatalogueEntry
 from controlplane.gateway.context import SCOPE_KEY
+from controlplane.gateway.holding import Holding
 from controlplane.gateway.limits import Limiter
 from controlplane.gateway.metering import Meter
 from controlplane.gateway.middleware import RequestMiddleware, send_error
 from controlplane.gateway.probe import Prober
 from controlplane.gateway.routes import deepflow, generation, health, models
 from controlplane.gateway.routes.documented import add_schemas
+from controlplane.gateway.servings import Servings
 from controlplane.gateway.settings import GatewaySettings
 from controlplane.gateway.state import Gateway, Runtime
 from controlplane.gateway.tokenizing import TokenizerPool
+from controlplane.gateway.wake import Stage, fleet_stage
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +117,26 @@ async def _open(
         )
     catalogue = Catalogue(settings)
     await catalogue.load()
+    # A name of this process and of no other, not even of its successor.
+    demand = DemandWriter(redis, f"{settings.gateway_id}-{secrets.token_hex(4)}")
+    catalogue.on_pending = demand.record_demand
+    servings = Servings(catalogue, redis, settings) if settings.kubernetes else None
     auth = Authenticator(redis, settings)
     meter = Meter(redis, auth, settings)
     limiter = Limiter(redis, settings)
     pool = TokenizerPool(settings)
     async with runtime(settings) as opened:
         prober = Prober(opened.executor, settings)
-        tasks = [asyncio.create_task(catalogue.run()), asyncio.create_task(meter.run())]
+
+        def stage(entry: CatalogueEntry) -> Stage:
+            known = servings.stage(entry.demand) if servings is not None else None
+            return known or fleet_stage(opened.fleet.executors(), entry.revision)
+
+        holding = Holding(opened.executor, demand, settings, stage=stage)
+        loops = [catalogue.run(), meter.run(), demand.run(), holding.run()]
+        if servings is not None:
+            loops.append(servings.run())
+        tasks = [asyncio.create_task(loop) for loop in loops]
         for task in tasks:
             task.add_done_callback(_report_death)
         try:
@@ -131,6 +149,8 @@ async def _open(
                 meter=meter,
                 pool=pool,
                 prober=prober,
+                holding=holding,
+                demand=demand,
                 started=time.time(),
             )
         finally:

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from controlplane.api.errors import ApiError
 from controlplane.api.openai import UNSUPPORTED
 from controlplane.gateway.connection import connection_of
+from controlplane.gateway.context import context_of
 from controlplane.gateway.settings import GatewaySettings
 
 M = TypeVar("M", bound=BaseModel)
@@ -25,6 +26,7 @@ async def read_model(request: Request, model: type[M], settings: GatewaySettings
     """The body as `model`. Raises ApiError 400, 408, 413 or 415; ClientDisconnect."""
     _check_content_type(request.headers.get("content-type"))
     body = await _read(request, settings)
+    context_of(request).body_bytes = len(body)
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError as error:

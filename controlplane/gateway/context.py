@@ -30,6 +30,8 @@ class RequestContext:
     key_id: str = ""
     model: str = ""
     job_id: str = ""
+    body_bytes: int = 0
+    held_seconds: float = 0.0  # waited for its model to wake
     status: int = 0  # as sent; 499 where the client left before its answer ended
     first_token: float | None = None  # seconds after `started`
     prompt_tokens: int = 0

@@ -66,6 +66,20 @@ CATALOGUE_MODELS = Gauge(
 REDIS_ERRORS = Counter("deepflow_gateway_redis_errors_total", "Failed calls to Redis.", ["use"])
 USAGE_LOST = Counter("deepflow_gateway_usage_rows_lost_total", "Usage rows dropped while Redis was away.")
 USAGE_PENDING = _live_gauge("deepflow_gateway_usage_rows_pending", "Usage rows not yet written.")
+HELD = _live_gauge("deepflow_gateway_held_requests", "Requests held while their models wake.")
+HELD_BYTES = _live_gauge("deepflow_gateway_held_bytes", "Bytes of the bodies of held requests.")
+HOLDS = Counter(
+    "deepflow_gateway_holds_total",
+    "Held requests by end: served, expired (503), refused (by the executor's queue), left.", ["outcome"],
+)  # fmt: skip
+HOLD_SECONDS = Histogram(
+    "deepflow_gateway_hold_seconds", "Holding of requests that were served.", buckets=_LATENCY
+)
+WAKE_SECONDS = Histogram(
+    "deepflow_gateway_wake_seconds", "First request held for a model to an executor that serves it.",
+    ["model"], buckets=_LATENCY,
+)  # fmt: skip
+CARDS = Counter("deepflow_gateway_cards_total", "Model cards looked for in Redis by outcome.", ["outcome"])
 PROBES = Counter("deepflow_gateway_probes_total", "One-token model probes.", ["outcome"])
 
 

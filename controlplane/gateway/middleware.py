@@ -120,6 +120,8 @@ class RequestMiddleware:
             value = getattr(context, name)
             if value:
                 line[name] = value
+        if context.held_seconds:
+            line["held_ms"] = round(context.held_seconds * 1000, 1)
         if context.first_token is not None:
             line["first_token_ms"] = round(context.first_token * 1000, 2)
         if context.prompt_tokens:

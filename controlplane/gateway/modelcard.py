@@ -75,7 +75,7 @@ def build_card(path: str | Path, *, sha256: str | None = None, cache_dir: Path |
     if card is not None:
         return card
     card = _from_folder(path, digest) if path.is_dir() else _from_gguf(path, digest)
-    _write(cached, orjson.dumps(_to_json(card)))
+    _write(cached, encode_card(card))
     return card
 
 
@@ -90,18 +90,28 @@ def _to_json(card: ModelCard) -> dict[str, Any]:
 
 def _read(path: Path) -> ModelCard | None:
     try:
-        fields = orjson.loads(path.read_bytes())
-        if fields.pop("version") != CARD_VERSION:
-            return None
-        fields["tokenizer_json"] = base64.b64decode(fields["tokenizer_json"])
-        fields["eos_ids"] = tuple(fields["eos_ids"])
-        fields["special_ids"] = tuple(fields["special_ids"])
-        return ModelCard(**fields)
+        return decode_card(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("model card %s is unreadable and made anew: %s", path.name, error)
         return None
+
+
+def encode_card(card: ModelCard) -> bytes:
+    """For `controlplane.fleet.cards`: whoever has the model's files makes it, gateways read it."""
+    return orjson.dumps(_to_json(card))
+
+
+def decode_card(data: bytes) -> ModelCard | None:
+    """None where another version made it. Raises ValueError, KeyError or TypeError for what is no card."""
+    fields = orjson.loads(data)
+    if fields.pop("version") != CARD_VERSION:
+        return None
+    fields["tokenizer_json"] = base64.b64decode(fields["tokenizer_json"])
+    fields["eos_ids"] = tuple(fields["eos_ids"])
+    fields["special_ids"] = tuple(fields["special_ids"])
+    return ModelCard(**fields)
 
 
 def _write(path: Path, data: bytes) -> None:

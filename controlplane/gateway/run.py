@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from controlplane.api.errors import ApiError
+from controlplane.fleet.demand import DemandWriter
 from controlplane.gateway import metrics
 from controlplane.gateway.answer import Choice, Piece
 from controlplane.gateway.auth import Principal
@@ -61,6 +62,7 @@ class Run:
         lease: Lease,
         *,
         meter: Meter,
+        demand: DemandWriter,
         settings: GatewaySettings,
     ) -> None:
         self.plan = plan
@@ -70,6 +72,7 @@ class Run:
         self._principal = principal
         self._lease = lease
         self._meter = meter
+        self._demand = demand
         self._parts: list[_Part] = []
         self._ready: list[_Part] = []  # parts with something to take
         self._settled = False
@@ -244,11 +247,17 @@ class Run:
             )
         if context.first_token is not None:
             metrics.FIRST_TOKEN_SECONDS.labels(model).observe(context.first_token)
+        seconds, further = 0.0, 0  # of tokens after the first
         for part in self._parts:
             for choice in part.choices:
                 if choice.completion_tokens > 1:
                     took = choice.last_token_at - choice.first_token_at
                     metrics.TOKEN_SECONDS.labels(model).observe(took / (choice.completion_tokens - 1))
+                    seconds, further = seconds + took, further + choice.completion_tokens - 1
+        # A wait for the model's start is no sign of too few executors.
+        ttft = None if context.held_seconds else context.first_token
+        key = self.plan.model.entry.demand_key
+        self._demand.record_answer(key, ttft=ttft, tpot=seconds / further if further else None)
         release = self._lease.release(completion)
         if release is not None:
             await release  # so that a client's next request finds its slot free

@@ -24,6 +24,8 @@ class GatewaySettings(BaseModel):
     gateway_id: str = "gw-0"
     redis_url: str = "redis://127.0.0.1:6379/0"
     catalogue_path: str = ""
+    kubernetes: bool = Field(False, description="The catalogue is what ModelServings say.")
+    kube_namespace: str = Field("", description="Of the ModelServings; empty: that of the pod.")
     require_key: bool = Field(False, description="Keys are needed on loopback too.")
     metrics_open: bool = Field(False, description="/metrics without a key from other hosts.")
 
@@ -60,6 +62,16 @@ class GatewaySettings(BaseModel):
     sse_keepalive_seconds: float = Field(10, gt=0, description="Silence before a comment; proxies cut at 60.")
     sse_buffer_bytes: int = Field(256 * 1024, ge=16 * 1024, description="Unsent bytes of one slow client.")
     sse_stall_seconds: float = Field(30, gt=0, description="A client that reads nothing for so long is cut.")
+
+    # Holding while a model wakes (holding.py); a ModelServing's `limits` win over the first three.
+    hold_requests: int = Field(256, ge=0, description="Held per model and process; beyond: 429.")
+    hold_bytes: int = Field(64 * MIB, ge=0, description="Bytes of their bodies.")
+    hold_seconds: float = Field(300, gt=0, description="How long one is held; then 503 with Retry-After.")
+    hold_total_bytes: int = Field(256 * MIB, ge=0, description="Bytes of all held bodies of a process.")
+    hold_comment_seconds: float = Field(2, gt=0, description="Between comments that tell of the wake.")
+    hold_poll_seconds: float = Field(
+        0.02, gt=0, description="How often held models are looked at: little beside a wake's seconds."
+    )
 
     # Authentication (auth.py).
     key_cache_seconds: float = Field(3, gt=0, le=5, description="A revoked key works at most so long.")

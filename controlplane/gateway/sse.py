@@ -2,8 +2,9 @@
 
 A stream's life: the 200 is held back for a moment (`peek_seconds`) so that an early error keeps its real
 status; then pieces go out as they come, comments fill silences (from the headers on, so before the first
-token too), an error after the headers travels in-band, `[DONE]` ends it. The connection tells of the client's
-disconnect, and the jobs are cancelled in the same turn of the loop.
+token too; while the model wakes they tell how that goes), an error after the headers travels in-band,
+`[DONE]` ends it. The connection tells of the client's disconnect, and the jobs are cancelled in the same turn
+of the loop.
 
 A slow client: the server's write buffer is bounded (`sse_buffer_bytes`, set in `server.py`); when it is
 full, sending waits, and tokens gather in the job as ids, bounded by what may be made. A client whose buffer
@@ -26,8 +27,10 @@ from controlplane.gateway import metrics
 from controlplane.gateway.answer import Entry
 from controlplane.gateway.connection import Connection, connection_of
 from controlplane.gateway.frames import DONE, KEEP_ALIVE, Frames, PromptEcho, Whole, error_frame, whole
+from controlplane.gateway.holding import Held
 from controlplane.gateway.middleware import send_error
 from controlplane.gateway.run import Run
+from controlplane.gateway.wake import Wake
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +49,11 @@ class _RunResponse(Response):
     """Runs `_work`, under the run's deadline, until it ends or the client leaves. One task a request: it
     sleeps in `_wait` until a job has something (`_wake`)."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, held: Held | None = None) -> None:
+        """`held`: the run is submitted once its model is awake."""
         super().__init__()
         self._run = run
+        self._held = held
         self._gone = False
         self._slow = False
         self._ended = False
@@ -75,6 +80,8 @@ class _RunResponse(Response):
                     self._connection.on_lost(leave)
                 else:
                     watcher = asyncio.create_task(_watch(receive, leave))
+                if self._held is not None:
+                    await self._hold(self._held, send)
                 self._run.listen(self._wake)
                 await self._work(send)
             self._ended = True
@@ -148,6 +155,9 @@ class _RunResponse(Response):
     async def _work(self, send: Send) -> None:
         raise NotImplementedError
 
+    async def _hold(self, held: Held, send: Send) -> None:
+        await held.submit(self._run, None)
+
     async def _fail(self, error: ApiError, send: Send) -> None:
         self._run.context.error = error.code or str(error.status)
         await send_error(error, send)
@@ -193,8 +203,8 @@ class WholeResponse(_RunResponse):
 class StreamResponse(_RunResponse):
     """Server-sent events."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, run: Run, held: Held | None = None) -> None:
+        super().__init__(run, held)
         self._frames = Frames(run.plan)
         self._started = False
         self._silent = False  # for so long that a comment is due
@@ -225,6 +235,12 @@ class StreamResponse(_RunResponse):
         usage = frames.usage(run.usage()) if run.plan.include_usage else b""
         await run.settle("done")
         await self._send(send, data + usage + DONE, last=True)
+
+    async def _hold(self, held: Held, send: Send) -> None:
+        async def tell(wake: Wake) -> None:
+            await self._send(send, wake.comment())
+
+        await held.submit(self._run, tell)
 
     async def _settle(self, work: asyncio.Task[Any], reason: str) -> None:
         if self._timer is not None:

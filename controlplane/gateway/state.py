@@ -9,9 +9,11 @@ from typing import Any, Protocol
 from starlette.requests import Request
 
 from controlplane.api.errors import ApiError
+from controlplane.fleet.demand import DemandWriter
 from controlplane.gateway.auth import Authenticator, Principal
 from controlplane.gateway.catalogue import Catalogue
 from controlplane.gateway.context import context_of
+from controlplane.gateway.holding import Holding
 from controlplane.gateway.limits import Limiter
 from controlplane.gateway.metering import Meter
 from controlplane.gateway.probe import Prober
@@ -57,6 +59,8 @@ class Gateway:
     meter: Meter
     pool: TokenizerPool
     prober: Prober
+    holding: Holding
+    demand: DemandWriter
     started: float
     draining: bool = False
 

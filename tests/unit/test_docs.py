@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 RUNNING = (ROOT / "docs/running.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 # Told by the command line, or made by the process: nobody sets them in the environment.
-NOT_SET = {"gateway_id", "redis_url", "catalogue_path", "incarnation", "cluster_token"}
+NOT_SET = {
+    *("gateway_id", "redis_url", "catalogue_path", "kubernetes", "kube_namespace"),
+    *("incarnation", "cluster_token"),
+}
 METRIC_MODULES = (
     "controlplane.fleet.metrics",
     "controlplane.gateway.metrics",

@@ -63,14 +63,19 @@ async def _answer(request: Request, gateway: Gateway, principal: Principal, plan
     context = context_of(request)
     lease = await gateway.limiter.admit(principal, context.request_id, plan.prompt_tokens * plan.n)
     context.response_headers.extend(lease.headers)
-    run = Run(plan, context, principal, lease, meter=gateway.meter, settings=gateway.settings)
+    run = Run(
+        plan, context, principal, lease,
+        meter=gateway.meter, demand=gateway.demand, settings=gateway.settings,
+    )  # fmt: skip
     try:
-        run.submit(gateway.executor)
+        held = gateway.holding.enter(plan.model, size=context.body_bytes, priority=principal.priority)
+        if held is None:
+            run.submit(gateway.executor)
     except BaseException:
         await run.settle("not submitted")
         raise
     context.stage("submit")
-    return StreamResponse(run) if plan.stream else WholeResponse(run)
+    return StreamResponse(run, held) if plan.stream else WholeResponse(run, held)
 
 
 ENDPOINTS = {"/v1/chat/completions": create_chat_completion, "/v1/completions": create_completion}
