@@ -18,6 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from controlplane.api.resources import ModelServing, WarmPool, names
 from controlplane.gateway.settings import GatewaySettings
+from controlplane.operator.pods import pod_spec, warm_pod
 from tests.kubernetes.conftest import CHART, Render
 from tests.support.manifests import VERSIONS, pod_specs, restricted_problems, schema_problems
 
@@ -280,6 +281,35 @@ def test_pools_are_their_profile_with_what_the_pool_says(render: Render) -> None
     assert pools["cpu"].spec.cache.claim_name == "models"
     assert pools["b"].spec.size == 0
     assert pools["c"].spec.node_selector["accelerator-type"] == "module-a3-16"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pods_that_the_operator_makes_of_pools_are_valid_and_restricted(render: Render, version: str) -> None:
+    operator = only(render(EVERYTHING), "Deployment", "deepflow-operator")["spec"]["template"]["spec"]
+    env = {item["name"]: item.get("value", "") for item in operator["containers"][0]["env"]}
+    for document in render(EVERYTHING):
+        if document["kind"] != "WarmPool":
+            continue
+        pool = WarmPool.model_validate(document)
+        spec = pod_spec(
+            pool, token_secret=env[names.ENV_TOKEN_SECRET], redis_secret=env[names.ENV_REDIS_SECRET]
+        )
+        owner = {"metadata": {"name": pool.metadata.name, "uid": "u"}}
+        pod = warm_pod(pool, owner, spec, "a")
+        assert schema_problems(pod, version) == []
+        problems = restricted_problems("pod", spec)
+        # Bounds of a volume and of the fetcher's memory are the user's to set, or the node's.
+        assert [p for p in problems if "sizeLimit" not in p and "fetcher: no memory limit" not in p] == []
+        secrets = {
+            item["valueFrom"]["secretKeyRef"]["name"]
+            for item in spec["containers"][0]["env"]
+            if "secretKeyRef" in item.get("valueFrom", {})
+        }
+        assert secrets == {"deepflow-token", "deepflow-valkey"}
+        policy = only(render(EVERYTHING), "NetworkPolicy", "deepflow-executor")["spec"]
+        assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        listening = {port["containerPort"] for each in spec["containers"] for port in each["ports"]}
+        assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == listening
 
 
 def test_every_field_of_a_pool_can_be_set(render: Render) -> None:

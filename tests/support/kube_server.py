@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -29,7 +30,9 @@ NONE = (
     "no real API server: set KUBECONFIG to a cluster's, or KUBEBUILDER_ASSETS to a folder with etcd and "
     "kube-apiserver"
 )
-_USERS = "deepflow-tests,admin,1,system:masters\n"
+ACCOUNTS = ("operator", "gateway", "uninstall", "definitions")
+NAMESPACE = "models"
+"""Where the chart's accounts live: each has a context of its own in the kubeconfig, named like it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,13 @@ def _start(assets: Path, folder: Path, children: list[subprocess.Popen[bytes]]) 
     subprocess.run(
         ["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True, timeout=60
     )
-    (folder / "tokens.csv").write_text(_USERS)
+    (folder / "tokens.csv").write_text(
+        "test,admin,0,system:masters\n"
+        + "".join(
+            f"{name},system:serviceaccount:{NAMESPACE}:deepflow-{name},{number}\n"
+            for number, name in enumerate(ACCOUNTS, 1)
+        )
+    )
     run(
         "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{client}", f"--secure-port={secure}",
         "--bind-address=127.0.0.1", f"--cert-dir={folder}/certs", f"--service-account-key-file={key}",
@@ -103,9 +112,9 @@ def _start(assets: Path, folder: Path, children: list[subprocess.Popen[bytes]]) 
         "--service-cluster-ip-range=10.0.0.0/24",
     )  # fmt: skip
     config = folder / "kubeconfig"
-    config.write_text(_CONFIG.format(port=secure))
+    config.write_text(_config(secure))
     request = urllib.request.Request(
-        f"https://127.0.0.1:{secure}/readyz", headers={"Authorization": "Bearer deepflow-tests"}
+        f"https://127.0.0.1:{secure}/readyz", headers={"Authorization": "Bearer test"}
     )
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -134,11 +143,19 @@ def _free_port() -> int:
         return port
 
 
-_CONFIG = """\
-apiVersion: v1
-kind: Config
-current-context: test
-clusters: [{{name: test, cluster: {{server: "https://127.0.0.1:{port}", insecure-skip-tls-verify: true}}}}]
-users: [{{name: test, user: {{token: deepflow-tests}}}}]
-contexts: [{{name: test, context: {{cluster: test, user: test, namespace: default}}}}]
-"""
+def _config(port: int) -> str:
+    names = ("test", *ACCOUNTS)
+    cluster = {"server": f"https://127.0.0.1:{port}", "insecure-skip-tls-verify": True}
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": name, "user": {"token": name}} for name in names],
+            "contexts": [
+                {"name": name, "context": {"cluster": "test", "user": name, "namespace": NAMESPACE}}
+                for name in names
+            ],
+        }
+    )
