@@ -63,6 +63,13 @@ class _Application(FastAPI):
 
     metric_labels = 0
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As Starlette's, without what FastAPI asks of the environment at every request."""
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        scope["app"] = self
+        await self.middleware_stack(scope, receive, send)
+
     def build_middleware_stack(self) -> ASGIApp:
         inner = super().build_middleware_stack()
         return RequestMiddleware(inner, metric_labels=self.metric_labels, direct=generation.ENDPOINTS)

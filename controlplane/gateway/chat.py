@@ -71,6 +71,8 @@ class ChatTemplate:
         try:
             source = card.chat_template or ""
             self._template = environment.from_string(source)
+            # One dictionary instead of Jinja's chain of them, which each rendering would copy key by key.
+            self._template.globals = dict(self._template.globals)
             self.plain = is_plain(environment.parse(source))
         except TemplateSyntaxError as error:
             raise CardError(f"the chat template does not compile: {error}") from error

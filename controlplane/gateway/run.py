@@ -237,6 +237,11 @@ class Run:
             return
         self._settled = True
         self.cancel(reason)
+        for part in self._parts:
+            if part.job is not None:
+                part.job.listen(
+                    _nobody
+                )  # it must not keep this run, nor this run it, until the collector looks
         prompt, cached, completion = self._counts(touched_only=True)
         context = self.context
         context.prompt_tokens, context.cached_tokens, context.completion_tokens = prompt, cached, completion
@@ -261,6 +266,10 @@ class Run:
         release = self._lease.release(completion)
         if release is not None:
             await release  # so that a client's next request finds its slot free
+
+
+def _nobody() -> None:
+    """Nobody listens any more."""
 
 
 def api_error(error: ServingError) -> ApiError:

@@ -128,6 +128,8 @@ class GatewayProtocol(HttpToolsProtocol):
             )
 
     def on_response_complete(self) -> None:
+        for connection in self.watching:
+            connection.forget_ended()
         self.watching = [connection for connection in self.watching if not connection.cycle.response_complete]
         super().on_response_complete()
 
@@ -221,6 +223,10 @@ class _RequestConnection:
         if gone is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # uvicorn tells the last request of a connection alone
             gone()
+
+    def forget_ended(self) -> None:
+        if self.cycle.response_complete:
+            self._gone = None
 
     def abort(self) -> None:
         self._protocol.transport.abort()

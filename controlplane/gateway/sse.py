@@ -111,6 +111,7 @@ class _RunResponse(Response):
             await self._fail(ApiError(500, "The server had an error.", code="internal_error"), send)
         finally:
             self._ended = True
+            self._connection = None  # it holds `leave`, and that this response
             if watcher is not None:
                 watcher.cancel()
             await self._settle(work, reason)

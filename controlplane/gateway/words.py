@@ -38,6 +38,8 @@ _Tables = tuple[_Table, _Table, _Table]
 """Words after a space; what texts begin with, which has none; what texts end with, where that is white: what
 comes after such a word, if anything did, might belong to its last piece."""
 _WORD, _FIRST, _LAST = 0, 1, 2
+_Piece = tuple[str, int, _Ids | None]
+"""As the tokenizer is asked for it, its table, and its ids where they are known."""
 
 
 class Words:
@@ -69,16 +71,26 @@ class Words:
         if None not in found:
             metrics.WORDS.labels("known").inc(len(found))
             return self._joined(found, special)
-        pieces = self._look_again(parts)
+        missing = [index for index, ids in enumerate(found) if ids is None]
+        if all(_stands_alone(parts[index], index, len(parts)) for index in missing):
+            # What is known stands alone as well: only the missing ones have to be looked at again.
+            pieces = [self._piece(parts[index], index == 0) for index in missing]
+        else:
+            pieces, found = self._cut(parts), []
         new = [(piece, kind) for piece, kind, ids in pieces if ids is None]
         if most_new is not None and sum(len(piece) for piece, _ in new) > most_new:
             return None
-        metrics.WORDS.labels("known").inc(len(pieces) - len(new))
+        metrics.WORDS.labels("known").inc(len(found or pieces) - len(new))
         metrics.WORDS.labels("new").inc(len(new))
         if sum(len(piece) for piece, _ in new) > len(text) * WHOLE_FROM:
-            return self._enclosed(self._learn_from(text, pieces), special)
+            return self._enclosed(self._learn_from(text, self._cut(parts)), special)
         made = iter(self._learn(new))
-        return self._joined([next(made) if ids is None else ids for _, _, ids in pieces], special)
+        looked = [next(made) if ids is None else ids for _, _, ids in pieces]
+        if not found:
+            return self._joined(looked, special)
+        for index, ids in zip(missing, looked, strict=True):
+            found[index] = ids
+        return self._joined(found, special)
 
     def _joined(self, found: Iterable[_Ids | None], special: bool) -> list[int]:
         return self._enclosed(list(chain.from_iterable(cast("Iterable[_Ids]", found))), special)
@@ -86,10 +98,10 @@ class Words:
     def _enclosed(self, ids: list[int], special: bool) -> list[int]:
         return [*self._before, *ids, *self._after] if special else ids
 
-    def _look_again(self, parts: list[str]) -> list[tuple[str, int, _Ids | None]]:
-        """The pieces of a text: each with its table, and its ids where they are known. Where more than one
-        space, or white at a word's edge, leaves open where a piece begins, the words around it are one."""
-        pieces: list[tuple[str, int, _Ids | None]] = []
+    def _cut(self, parts: list[str]) -> list[_Piece]:
+        """The pieces of a text. Where several spaces, or white at a word's edge, leave open where a piece
+        begins, the words around it are one."""
+        pieces: list[_Piece] = []
         position, end = 0, len(parts)
         while position < end:
             begin = position
@@ -98,13 +110,15 @@ class Words:
                 _ends_black(parts[position - 1]) and _begins_black(parts[position])
             ):
                 position += 1
-            text = " ".join(parts[begin:position])
-            kind = _FIRST if begin == 0 else _WORD if _ends_black(text) else _LAST
-            ids = self._tables[kind].get(text)
-            if ids is None and (ids := self._old[kind].get(text)) is not None:
-                self._tables[kind][text] = ids  # in use: it stays when the older generation goes
-            pieces.append((" " + text if begin else text, kind, ids))
+            pieces.append(self._piece(" ".join(parts[begin:position]), begin == 0))
         return pieces
+
+    def _piece(self, text: str, begins: bool) -> _Piece:
+        kind = _FIRST if begins else _WORD if _ends_black(text) else _LAST
+        ids = self._tables[kind].get(text)
+        if ids is None and (ids := self._old[kind].get(text)) is not None:
+            self._tables[kind][text] = ids  # in use: it stays when the older generation goes
+        return (text if begins else " " + text, kind, ids)
 
     def _learn(self, new: list[tuple[str, int]]) -> list[_Ids]:
         encoded = self._tokenizer.encode_batch_fast([piece for piece, _ in new], add_special_tokens=False)
@@ -114,7 +128,7 @@ class Words:
         self._turn()
         return made
 
-    def _learn_from(self, text: str, pieces: list[tuple[str, int, _Ids | None]]) -> list[int]:
+    def _learn_from(self, text: str, pieces: list[_Piece]) -> list[int]:
         """The ids of a whole text, shared out among its pieces by where each token lies."""
         # Not the fast call: it leaves out where tokens lie.
         encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
@@ -156,6 +170,12 @@ class Words:
                 return around[:start], around[start + len(plain) :]
         self.exact = False
         return [], []
+
+
+def _stands_alone(part: str, index: int, count: int) -> bool:
+    """Pieces begin before and after it, if its neighbours stand alone too."""
+    begins = index == 0 or _begins_black(part)
+    return begins and ((index == count - 1 and index > 0) or _ends_black(part))
 
 
 def _ends_black(part: str) -> bool:

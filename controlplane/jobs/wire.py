@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +34,12 @@ def mix_seed(seed: int, index: int) -> int:
 
 def encode_tokens(tokens: Sequence[int]) -> bytes:
     """Little-endian uint32 each."""
-    return np.asarray(tokens, dtype="<u4").tobytes()
+    packed = array("I", tokens)
+    if packed.itemsize != 4:
+        return np.asarray(tokens, dtype="<u4").tobytes()
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def sampling_params(sampling: Sampling, seed: int) -> common_pb2.SamplingParams:

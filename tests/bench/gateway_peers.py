@@ -11,23 +11,38 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.gateway.modelcard import build_card
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
 from tests.bench import common
-from tests.bench.gateway_rig import MODEL, Answer, Process, closed_loop, get, rig, wait_for
+from tests.bench.gateway_rig import MODEL, Process, closed_loop, get, rig, wait_for
 
 STREAMS = 64
 PROMPT_WORDS = 130  # of running text; with the template around them about 200 tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A front end that is asked, and the processes whose time is read: its own, and the workers behind it."""
+
+    port: int
+    front: Sequence[Process]
+    workers: Sequence[Process] = ()
+
+    def cpu(self) -> tuple[float, float]:
+        """Seconds of processor time so far: front end, workers."""
+        return sum(p.cpu() for p in self.front), sum(p.cpu() for p in self.workers)
+
+
 @contextlib.contextmanager
-def dynamo(venv: Path) -> Iterator[int]:
-    """Dynamo's frontend with one mock worker; its port. The model is called "bench" there too."""
+def dynamo(venv: Path) -> Iterator[Way]:
+    """Dynamo's frontend with one mock worker. The model is called "bench" there too."""
     folder = Path(tempfile.mkdtemp(prefix="dfb-"))
     model = folder / "model"
     model.mkdir()
@@ -70,7 +85,7 @@ def dynamo(venv: Path) -> Iterator[int]:
             return False
 
         wait_for(listed, started[1], "Dynamo's model is not listed")
-        yield port
+        yield Way(port, started[:1], started[1:])
     finally:
         for process in reversed(started):
             process.stop()
@@ -78,8 +93,8 @@ def dynamo(venv: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def vllm_router(venv: Path) -> Iterator[tuple[int, int]]:
-    """vllm-router before an upstream that answers the same bytes: (the upstream's port, the router's)."""
+def vllm_router(venv: Path) -> Iterator[tuple[Way, Way]]:
+    """vllm-router before an upstream that answers the same bytes: (the upstream, the router)."""
     folder = Path(tempfile.mkdtemp(prefix="dfb-"))
     upstream_port, port = common.free_port(), common.free_port()
     started: list[Process] = []
@@ -95,64 +110,93 @@ def vllm_router(venv: Path) -> Iterator[tuple[int, int]]:
         router = Process("vllm-router", command, folder, env={"PYTHONPATH": ""})
         started.append(router)
         wait_for(lambda: get(port, "/health") == 200, router, "no vllm-router")
-        yield upstream_port, port
+        yield Way(upstream_port, [upstream]), Way(port, [router], [upstream])
     finally:
         for process in reversed(started):
             process.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _percentiles(answers: list[Answer]) -> tuple[float, float]:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One closed loop. Milliseconds, requests a second, microseconds of processor time a request."""
+
+    p50_ms: float
+    p99_ms: float
+    requests_per_s: float
+    events_per_answer: float
+    """Tokens that were ready together travel together."""
+    front_us: float
+    workers_us: float
+    client_us: float
+
+
+async def _run(way: Way, clients: int, requests: int, first_seed: int) -> tuple[Run, int]:
+    """A run, and how many answers were lost."""
+    (front, workers), client = way.cpu(), time.process_time()
+    answers, wall = await closed_loop(
+        way.port, clients, requests, words=PROMPT_WORDS, max_tokens=8, first_seed=first_seed
+    )
+    front_after, workers_after = way.cpu()
     took = [1e3 * (answer.ended - answer.started) for answer in answers]
-    return common.median(took), common.percentile(took, 99)
+    run = Run(
+        common.median(took),
+        common.percentile(took, 99),
+        requests / wall,
+        sum(answer.events for answer in answers) / requests,
+        1e6 * (front_after - front) / requests,
+        1e6 * (workers_after - workers) / requests,
+        1e6 * (time.process_time() - client) / requests,
+    )
+    return run, sum(not answer.ok or answer.tokens != 8 for answer in answers)
+
+
+def _tell(
+    report: common.Report, what: str, found: dict[tuple[str, int], list[Run]]
+) -> dict[tuple[str, int], Run]:
+    """A row of medians a way and a number of clients."""
+    middle = {}
+    for (name, clients), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        medians = {key: common.median([getattr(run, key) for run in runs]) for key in Run.__slots__}
+        middle[name, clients] = Run(**medians)
+        report.add(what=what, way=name, concurrency=clients, **medians)
+    return middle
 
 
 async def peers(report: common.Report, folder: str, *, quick: bool) -> None:
     """Chat of about 200 prompt tokens and 8 streamed tokens: template, tokenizer, stream, detokenizer."""
     rounds, seed = (1 if quick else 5), 0
     with ExitStack() as stack:
-        one = stack.enter_context(rig(token_seconds=0))
-        two = stack.enter_context(rig(token_seconds=0, gateways=2))
-        ports = {"deepflow": one.port, "deepflow, 2 processes": two.port}
+        ways = {}
+        for name, gateways in (("deepflow", 1), ("deepflow, 2 processes", 2)):
+            opened = stack.enter_context(rig(token_seconds=0, gateways=gateways))
+            ways[name] = Way(opened.port, opened.gateways, [opened.source])
         if folder and (Path(folder) / "dynamo" / "bin" / "python").exists():
-            ports["dynamo"] = stack.enter_context(dynamo(Path(folder) / "dynamo"))
+            ways["dynamo"] = stack.enter_context(dynamo(Path(folder) / "dynamo"))
         else:
             print("SKIPPED: Dynamo's frontend (no FOLDER/dynamo)")
-        found: dict[tuple[str, int], list[tuple[float, ...]]] = {}
-        for port in ports.values():
-            await closed_loop(port, 16, 200, words=PROMPT_WORDS, max_tokens=8)
+        found: dict[tuple[str, int], list[Run]] = {}
+        for way in ways.values():
+            await closed_loop(way.port, 16, 200, words=PROMPT_WORDS, max_tokens=8)
         for turn in range(rounds):
-            order = list(ports.items()) if turn % 2 else list(reversed(ports.items()))
+            order = list(ways.items()) if turn % 2 else list(reversed(ways.items()))
             for clients, requests in ((1, 300), (STREAMS, 2000)):
-                for name, port in order:
+                for name, way in order:
                     seed += 10_000
-                    answers, wall = await closed_loop(
-                        port, clients, requests, words=PROMPT_WORDS, max_tokens=8, first_seed=seed
-                    )
-                    bad = sum(not answer.ok or answer.tokens != 8 for answer in answers)
-                    if bad:
-                        report.check(f"{name}: answers lost", float(bad), "answers", "0", False)
-                    # Tokens that were ready together travel together: how many events an answer had.
-                    events = sum(answer.events for answer in answers) / requests
-                    found.setdefault((name, clients), []).append(
-                        (*_percentiles(answers), requests / wall, events)
-                    )
-        best = {}
-        for (name, clients), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-            p50, p99, rate, events = (common.median([run[i] for run in runs]) for i in range(4))
-            best[name, clients] = p50, rate
-            report.add(what="full work, 8 tokens", way=name, concurrency=clients, p50_ms=p50, p99_ms=p99,
-                       requests_per_s=rate, events_per_answer=events)  # fmt: skip
-    p50 = best["deepflow", 1][0]
-    rate = max(best[name, STREAMS][1] for name in ("deepflow", "deepflow, 2 processes"))
+                    run, lost = await _run(way, clients, requests, seed)
+                    found.setdefault((name, clients), []).append(run)
+                    if lost:
+                        report.check(f"{name}: answers lost", float(lost), "answers", "0", False)
+        middle = _tell(report, "full work, 8 tokens", found)
+    p50 = middle["deepflow", 1].p50_ms
+    rate = max(middle[name, STREAMS].requests_per_s for name in ("deepflow", "deepflow, 2 processes"))
     report.check("p50 of a whole answer, alone", p50, "ms", "<= 2", p50 <= 2)
     report.check(f"requests/s at {STREAMS}", rate, "req/s", ">= 1000", rate >= 1000)
-    if ("dynamo", 1) in best:
-        for clients, position, what in ((1, 0, "p50 alone"), (STREAMS, 1, f"req/s at {STREAMS}")):
-            ours = p50 if position == 0 else rate
-            ratio = ours / best["dynamo", clients][position]
-            holds = ratio <= 1 if position == 0 else ratio >= 1
-            report.check(f"ours / Dynamo's, {what}", ratio, "x", "<= 1" if position == 0 else ">= 1", holds)
+    if ("dynamo", 1) in middle:
+        ratio = p50 / middle["dynamo", 1].p50_ms
+        report.check("ours / Dynamo's, p50 alone", ratio, "x", "<= 1", ratio <= 1)
+        ratio = rate / middle["dynamo", STREAMS].requests_per_s
+        report.check(f"ours / Dynamo's, req/s at {STREAMS}", ratio, "x", ">= 1", ratio >= 1)
     await _pass_through(report, folder, rounds)
 
 
@@ -161,16 +205,11 @@ async def _pass_through(report: common.Report, folder: str, rounds: int) -> None
         print("SKIPPED: vllm-router (no FOLDER/vllm-router)")
         return
     with vllm_router(Path(folder) / "vllm-router") as (upstream, router):
-        found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+        found: dict[tuple[str, int], list[Run]] = {}
         for turn in range(rounds):
             ways = [("upstream itself", upstream), ("vllm-router", router)]
             for clients, requests in ((1, 500), (STREAMS, 5000)):
-                for name, port in ways if turn % 2 else reversed(ways):
-                    answers, wall = await closed_loop(
-                        port, clients, requests, words=PROMPT_WORDS, max_tokens=8
-                    )
-                    found.setdefault((name, clients), []).append((*_percentiles(answers), requests / wall))
-        for (name, clients), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-            p50, p99, rate = (common.median([run[i] for run in runs]) for i in range(3))
-            report.add(what="pass-through", way=name, concurrency=clients, p50_ms=p50, p99_ms=p99,
-                       requests_per_s=rate)  # fmt: skip
+                for name, way in ways if turn % 2 else reversed(ways):
+                    run, _ = await _run(way, clients, requests, 0)
+                    found.setdefault((name, clients), []).append(run)
+        _tell(report, "pass-through", found)

@@ -33,7 +33,8 @@ class EchoJob:
 
     def listen(self, wake: Callable[[], None]) -> None:
         self.delivery.listen(wake)
-        self.feeding = asyncio.create_task(self._feed())
+        if self.feeding is None:
+            self.feeding = asyncio.create_task(self._feed())
 
     def take(self) -> list[ChoiceDelta]:
         return self.delivery.take()
