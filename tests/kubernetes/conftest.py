@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,12 @@ import pytest
 import yaml
 
 from controlplane.kube import client, reflector
+from controlplane.kube.client import NotFound
+from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS, WARM_POOLS, ResourceType
 from controlplane.nodeagent.cache import cache_root
 from tests.support.kube_api import kube_api
-from tests.support.kube_world import World, connect
+from tests.support.kube_world import NAMESPACES, World, connect
+from tests.support.real_api import TOKEN, RealApi, assets
 
 CHART = Path(__file__).parents[2] / "charts/deepflow"
 Render = Callable[..., list[dict[str, Any]]]
@@ -63,13 +65,61 @@ def render(helm: str, tmp_path_factory: pytest.TempPathFactory) -> Render:
     return run
 
 
-@pytest.fixture
-async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+@pytest.fixture(scope="session")
+def real_api() -> Iterator[RealApi]:
+    """A real API server with our definitions; the tests that want one are skipped where none is found."""
+    folder = assets()
+    if folder is None:
+        pytest.skip("no API server: set KUBEBUILDER_ASSETS to a folder with kube-apiserver and etcd")
+    server = RealApi(folder).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+async def _define(server: RealApi) -> None:
+    """Creates the chart's CustomResourceDefinitions and waits until they are served."""
+    definitions = ResourceType(
+        "apiextensions.k8s.io",
+        "v1",
+        "CustomResourceDefinition",
+        "customresourcedefinitions",
+        namespaced=False,
+    )
+    async with connect(server.url, TOKEN) as api:
+        for file in sorted((CHART / "crds").glob("*.yaml")):
+            await api.create(definitions, yaml.safe_load(file.read_text()), manager="test")
+        for resource in (MODEL_SERVINGS, ROLE_SCALERS, WARM_POOLS):
+            async with asyncio.timeout(30):
+                while True:
+                    with contextlib.suppress(NotFound):
+                        await api.list(resource)
+                        break
+                    await asyncio.sleep(0.2)
+
+
+@pytest.fixture(params=["emulator", "api-server"])
+async def world(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    """A namespace of its own with a kubelet. The test's name says which API it ran against."""
     monkeypatch.setattr(client, "RETRY_FIRST_SECONDS", 0.01)
     monkeypatch.setattr(reflector, "BACKOFF_FIRST_SECONDS", 0.02)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    async with kube_api() as server, connect(str(server.url)) as api:
-        made = World(api, f"t-{secrets.token_hex(3)}", tmp_path, server)
+    async with contextlib.AsyncExitStack() as stack:
+        namespace = f"t-{secrets.token_hex(3)}"
+        if request.param == "emulator":
+            server = await stack.enter_async_context(kube_api())
+            api = await stack.enter_async_context(connect(str(server.url)))
+            made = World(api, namespace, tmp_path, server)
+        else:
+            real: RealApi = request.getfixturevalue("real_api")
+            if not real.defined:
+                await _define(real)
+                real.defined = True
+            api = await stack.enter_async_context(connect(real.url, TOKEN))
+            await api.create(NAMESPACES, {"metadata": {"name": namespace}}, manager="test")
+            made = World(api, namespace, tmp_path, None)
         kubelet = asyncio.create_task(made.kubelet.run())
         try:
             yield made
@@ -77,3 +127,13 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             kubelet.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await kubelet
+            if request.param != "emulator":
+                await made.clean()
+
+
+@pytest.fixture
+def emulated(world: World) -> World:
+    """Only against the emulator: the test makes the API itself fail."""
+    if world.server is None:
+        pytest.skip("a real API server cannot be told to fail")
+    return world

@@ -19,7 +19,15 @@ from kubernetes.aio import client as kubernetes_client
 from controlplane.api.resources.names import LABEL_SERVING, LABEL_STATE
 from controlplane.kube.client import Conflict, KubeApi, NotFound
 from controlplane.kube.reflector import Reflector, Store
-from controlplane.kube.resources import MODEL_SERVINGS, PODS, ROLE_SCALERS, WARM_POOLS, Json, uid_of
+from controlplane.kube.resources import (
+    MODEL_SERVINGS,
+    PODS,
+    ROLE_SCALERS,
+    WARM_POOLS,
+    Json,
+    ResourceType,
+    uid_of,
+)
 from controlplane.operator.plan.values import Timing
 from controlplane.operator.pods import EXECUTOR_SELECTOR
 from controlplane.operator.run import Operator
@@ -28,6 +36,7 @@ from tests.support.fake_te import FakePod, FakeTe
 from tests.support.kube_api import KubeApiServer
 
 TOKEN = "operator-test-token"
+NAMESPACES = ResourceType("", "v1", "Namespace", "namespaces", namespaced=False)
 FAST = Timing(silent_seconds=1.0, start_seconds=2.0, drain_silent_seconds=0.5)
 
 
@@ -278,5 +287,9 @@ class World:
                     await self.api.delete(resource, self.namespace, name, grace_seconds=0)
 
 
-def connect(url: str) -> KubeApi:
-    return KubeApi(kubernetes_client.Configuration(host=url.rstrip("/")))
+def connect(url: str, token: str = "") -> KubeApi:
+    configuration = kubernetes_client.Configuration(host=url.rstrip("/"))
+    if token:
+        configuration.api_key["BearerToken"] = f"Bearer {token}"
+        configuration.verify_ssl = False  # a certificate that the server made for itself
+    return KubeApi(configuration)
