@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from controlplane.cli import crds
 from controlplane.kube import client, reflector
-from controlplane.kube.client import NotFound
-from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS, WARM_POOLS, ResourceType
+from controlplane.kube.client import connect as connect_to
 from controlplane.nodeagent.cache import cache_root
+from tests.support import kube_server
 from tests.support.kube_api import kube_api
 from tests.support.kube_world import NAMESPACES, World, connect
-from tests.support.real_api import TOKEN, RealApi, assets
 
 CHART = Path(__file__).parents[2] / "charts/deepflow"
 Render = Callable[..., list[dict[str, Any]]]
@@ -66,37 +66,13 @@ def render(helm: str, tmp_path_factory: pytest.TempPathFactory) -> Render:
 
 
 @pytest.fixture(scope="session")
-def real_api() -> Iterator[RealApi]:
-    """A real API server with our definitions; the tests that want one are skipped where none is found."""
-    folder = assets()
-    if folder is None:
-        pytest.skip("no API server: set KUBEBUILDER_ASSETS to a folder with kube-apiserver and etcd")
-    server = RealApi(folder).start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-async def _define(server: RealApi) -> None:
-    """Creates the chart's CustomResourceDefinitions and waits until they are served."""
-    definitions = ResourceType(
-        "apiextensions.k8s.io",
-        "v1",
-        "CustomResourceDefinition",
-        "customresourcedefinitions",
-        namespaced=False,
-    )
-    async with connect(server.url, TOKEN) as api:
-        for file in sorted((CHART / "crds").glob("*.yaml")):
-            await api.create(definitions, yaml.safe_load(file.read_text()), manager="test")
-        for resource in (MODEL_SERVINGS, ROLE_SCALERS, WARM_POOLS):
-            async with asyncio.timeout(30):
-                while True:
-                    with contextlib.suppress(NotFound):
-                        await api.list(resource)
-                        break
-                    await asyncio.sleep(0.2)
+def real_api() -> Iterator[str]:
+    """Kubeconfig of an API server of our own; not of a cluster, whose kubelets would run the pods."""
+    source = kube_server.found()
+    if source is None or source.assets is None:
+        pytest.skip(kube_server.NONE)
+    with kube_server.serving(source) as path:
+        yield str(path)
 
 
 @pytest.fixture(params=["emulator", "api-server"])
@@ -113,11 +89,9 @@ async def world(
             api = await stack.enter_async_context(connect(str(server.url)))
             made = World(api, namespace, tmp_path, server)
         else:
-            real: RealApi = request.getfixturevalue("real_api")
-            if not real.defined:
-                await _define(real)
-                real.defined = True
-            api = await stack.enter_async_context(connect(real.url, TOKEN))
+            kubeconfig: str = request.getfixturevalue("real_api")
+            await crds._apply(kubeconfig)
+            api = await stack.enter_async_context(await connect_to(kubeconfig=kubeconfig))
             await api.create(NAMESPACES, {"metadata": {"name": namespace}}, manager="test")
             made = World(api, namespace, tmp_path, None)
         kubelet = asyncio.create_task(made.kubelet.run())

@@ -287,9 +287,5 @@ class World:
                     await self.api.delete(resource, self.namespace, name, grace_seconds=0)
 
 
-def connect(url: str, token: str = "") -> KubeApi:
-    configuration = kubernetes_client.Configuration(host=url.rstrip("/"))
-    if token:
-        configuration.api_key["BearerToken"] = f"Bearer {token}"
-        configuration.verify_ssl = False  # a certificate that the server made for itself
-    return KubeApi(configuration)
+def connect(url: str) -> KubeApi:
+    return KubeApi(kubernetes_client.Configuration(host=url.rstrip("/")))
