@@ -5,8 +5,10 @@ way, so a lost answer or a new leader costs nothing. Every call carries the clus
 
     POST /v1/models {"uri": …} -> {"state": "fetching" | "ready" | "failed", "path", "sha256", "done", …}
 
-Run as `python -m controlplane.nodeagent.fetcher --listen HOST:PORT`; imports no torch and nothing of ours but
-the model sources.
+Once the files are there it publishes the model's card (`controlplane.fleet.cards`) in the Redis of
+$REDIS_URL, for gateways tokenize and have no model files.
+
+Run as `python -m controlplane.nodeagent.fetcher --listen HOST:PORT`; imports no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ import os
 import signal
 import sys
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+from controlplane.fleet.cards import publish_card
 from controlplane.nodeagent.errors import SourceError, SourceFault
 from controlplane.nodeagent.sources import FetchedModel, Progress, fetch
 
@@ -31,6 +37,10 @@ MAX_MODELS = 64
 """Fetches that are remembered; those that ended longest ago go first (their files stay)."""
 MAX_RUNNING = 2
 MAX_BODY_BYTES = 16 << 10
+CARD_TRIES = 12
+CARD_WAIT_SECONDS = 0.5
+CARD_WAIT_MAX_SECONDS = 30.0
+"""Between tries while Redis is away: about five minutes in all, then at the next fetch (ours)."""
 HOPELESS = {
     SourceFault.BAD_URI, SourceFault.NOT_FOUND, SourceFault.MISSING_MEMBER, SourceFault.WRONG_CHECKSUM,
 }  # fmt: skip
@@ -41,8 +51,12 @@ log = logging.getLogger("deepflow.fetcher")
 class Fetcher:
     """Fetches by URI. On one event loop; fetching itself blocks, in threads."""
 
-    def __init__(self, cache: Path | None = None) -> None:
+    def __init__(
+        self, cache: Path | None = None, publish: Callable[[FetchedModel], Awaitable[None]] | None = None
+    ) -> None:
+        """`publish` is called with every fetched model; it may raise RedisError, OSError, ValueError."""
         self._cache = cache
+        self._publish = publish
         self._running: dict[str, asyncio.Task[None]] = {}
         self._state: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._slots = asyncio.Semaphore(MAX_RUNNING)
@@ -77,6 +91,7 @@ class Fetcher:
                 model = await asyncio.to_thread(fetch, uri, self._cache, report)
             self._state[uri] = _ready(model)
             log.info("fetched %s: %s", uri, model.path)
+            await self._tell(model)
         except SourceError as error:
             log.error("cannot fetch %s", error)
             self._state[uri] = {
@@ -93,6 +108,24 @@ class Fetcher:
                 if ended is None:
                     break
                 del self._state[ended]
+
+    async def _tell(self, model: FetchedModel) -> None:
+        """Its card. The files are ready all the same: a model without one serves whoever has it."""
+        wait = CARD_WAIT_SECONDS
+        for left in reversed(range(CARD_TRIES if self._publish is not None else 0)):
+            try:
+                assert self._publish is not None
+                await self._publish(model)
+                log.info("published the card of %s", model.uri)
+                return
+            except ValueError as error:
+                log.error("no card can be made of %s: %s", model.uri, error)
+                return
+            except (RedisError, OSError, TimeoutError) as error:
+                log.warning("the card of %s is not published (%d tries left): %s", model.uri, left, error)
+            if left:
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, CARD_WAIT_MAX_SECONDS)
 
     def _progress(self, uri: str, progress: Progress) -> None:
         state = self._state.get(uri)
@@ -140,9 +173,23 @@ def application(fetcher: Fetcher, token: str) -> web.Application:
     return app
 
 
-async def serve(host: str, port: int, token: str) -> None:
+def publisher(redis: Redis) -> Callable[[FetchedModel], Awaitable[None]]:
+    """Makes and publishes cards."""
+
+    async def publish(model: FetchedModel) -> None:
+        from controlplane.gateway.modelcard import build_card, encode_card
+
+        card = await asyncio.to_thread(build_card, model.path, sha256=model.sha256)
+        await publish_card(redis, model.sha256, encode_card(card))
+
+    return publish
+
+
+async def serve(host: str, port: int, token: str, redis_url: str = "") -> None:
     """Until SIGTERM or SIGINT."""
-    runner = web.AppRunner(application(Fetcher(), token), access_log=None)
+    redis = Redis.from_url(redis_url) if redis_url else None
+    fetcher = Fetcher(publish=publisher(redis) if redis is not None else None)
+    runner = web.AppRunner(application(fetcher, token), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     stop = asyncio.Event()
@@ -151,6 +198,8 @@ async def serve(host: str, port: int, token: str) -> None:
     log.info("serves %s:%d", host, port)
     await stop.wait()
     await runner.cleanup()
+    if redis is not None:
+        await redis.aclose()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     if not token and not host.startswith("127."):
         sys.exit(f"--listen {host} can be reached from other hosts: set DEEPFLOW_CLUSTER_TOKEN")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(serve(host, int(port), token))
+    asyncio.run(serve(host, int(port), token, os.environ.get("REDIS_URL", "")))
 
 
 if __name__ == "__main__":

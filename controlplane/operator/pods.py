@@ -127,7 +127,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
         "image": spec.image,
         "imagePullPolicy": spec.image_pull_policy,
         "command": ["python", "-m", "controlplane.nodeagent.fetcher", "--listen", f"0.0.0.0:{PORT_FETCH}"],
-        "env": [*own, *token, *extra],
+        "env": [*own, *token, *secret_env("REDIS_URL", redis_secret), *extra],
         "ports": [{"name": "fetch", "containerPort": PORT_FETCH}],
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
         "securityContext": security,
