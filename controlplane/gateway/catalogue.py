@@ -133,6 +133,7 @@ class Catalogue:
         self.on_pending: Callable[[str], None] = lambda demand: None
         """Told of each request for a pending name: to be asked is what it may be waiting for."""
         self._replacing = asyncio.Lock()
+        self._change = asyncio.Event()
         self._missing = {"file"} if settings.catalogue_path else set()
         if settings.kubernetes:
             self._missing.add("offers")
@@ -141,6 +142,14 @@ class Catalogue:
     def loaded(self) -> bool:
         """Every source was read once."""
         return not self._missing
+
+    def find(self, name: str) -> ServedModel | None:
+        """By id, alias or revision; None for a name that cannot be asked, or is not known."""
+        return self._names.get(name)
+
+    def pending(self, name: str) -> Pending | None:
+        """What keeps a known name from being asked."""
+        return self._pending.get(name)
 
     def resolve(self, name: str) -> ServedModel:
         """By id, alias or revision. Raises ApiError 404 model_not_found; 503 for a name that is known while
@@ -158,8 +167,9 @@ class Catalogue:
     async def offer(self, offers: Sequence[Offer], pending: Mapping[str, Pending]) -> None:
         """All models that are not from the file, instead of those before. `pending`: further names, and why
         they cannot be asked yet."""
-        self._offers, self._pending = tuple(offers), dict(pending)
+        self._offers = tuple(offers)
         await self._replace()
+        self._pending = dict(pending)  # only now: a name that was pending is never unknown in between
         self._missing.discard("offers")
 
     def models(self) -> list[ServedModel]:
@@ -209,7 +219,13 @@ class Catalogue:
         async with self._replacing:
             complete = await self._make()
         metrics.CATALOGUE_MODELS.set(len(self._names))
+        change, self._change = self._change, asyncio.Event()
+        change.set()
         return complete
+
+    async def changed(self) -> None:
+        """Until the next change."""
+        await self._change.wait()
 
     async def _make(self) -> bool:
         known = {model.entry.revision: model for model in self._served}

@@ -13,6 +13,7 @@ its time is over (503), the executor refused it, or its client left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from controlplane.api.errors import ApiError
 from controlplane.fleet.demand import DemandWriter
 from controlplane.gateway import metrics
-from controlplane.gateway.catalogue import CatalogueEntry, HoldLimits, ServedModel
+from controlplane.gateway.catalogue import Catalogue, CatalogueEntry, HoldLimits, ServedModel
 from controlplane.gateway.run import Run
 from controlplane.gateway.settings import GatewaySettings
 from controlplane.gateway.wake import Stage, Wake, WakeTimes, seconds_left
@@ -155,6 +156,29 @@ class Holding:
         self._some.set()
         return ticket
 
+    async def introduce(self, catalogue: Catalogue, name: str, *, size: int) -> ServedModel:
+        """For a name whose model was never started, as when its ModelServing is new: nobody has its tokenizer
+        yet, and being asked for is what brings it. Held within the bounds of the settings, without comments,
+        for there is no answer to comment on. Raises ApiError as `Catalogue.resolve`, 429 hold_full."""
+        pending = catalogue.pending(name)
+        if pending is None:
+            return catalogue.resolve(name)
+        settings, key = self.settings, pending.demand
+        full = self._bytes + size > settings.hold_total_bytes
+        if full or self._held[key] >= settings.hold_requests:
+            metrics.LIMITED.labels("hold_bytes" if full else "hold_requests").inc()
+            message = f"The model `{name}` is starting, and too many requests wait for it already."
+            raise ApiError(429, message, code="hold_full", retry_after=RETRY_AFTER_SECONDS)
+        self._add(key, 1, size)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.hold_seconds):
+                    while catalogue.find(name) is None and catalogue.pending(name):
+                        await catalogue.changed()
+        finally:
+            self._add(key, -1, -size)
+        return catalogue.resolve(name)
+
     def leave(self, sleeping: _Sleeping, number: int) -> None:
         """Its request is no longer held. Idempotent."""
         ticket = sleeping.held.pop(number, None)
@@ -206,8 +230,10 @@ class Holding:
                 ticket.up.set_result(None)  # their tasks run in this order
 
     def _count(self, sleeping: _Sleeping, requests: int, size: int) -> None:
-        key = sleeping.entry.demand_key
         sleeping.bytes += size
+        self._add(sleeping.entry.demand_key, requests, size)
+
+    def _add(self, key: str, requests: int, size: int) -> None:
         self._bytes += size
         self._held[key] += requests
         metrics.HELD.inc(requests)

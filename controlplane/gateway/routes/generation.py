@@ -31,7 +31,9 @@ async def create_chat_completion(request: Request) -> Response:
     refuse_if_draining(gateway)
     context = context_of(request)
     body = await read_model(request, ChatCompletionRequest, gateway.settings)
-    model = gateway.catalogue.resolve(body.model)
+    model = gateway.catalogue.find(body.model) or await gateway.holding.introduce(
+        gateway.catalogue, body.model, size=context.body_bytes
+    )
     context.model = model.id
     context.stage("read")
     plan = await plan_chat(body, model, gateway.pool, gateway.settings)
@@ -51,7 +53,9 @@ async def create_completion(request: Request) -> Response:
     refuse_if_draining(gateway)
     context = context_of(request)
     body = await read_model(request, CompletionRequest, gateway.settings)
-    model = gateway.catalogue.resolve(body.model)
+    model = gateway.catalogue.find(body.model) or await gateway.holding.introduce(
+        gateway.catalogue, body.model, size=context.body_bytes
+    )
     context.model = model.id
     context.stage("read")
     plan = await plan_completion(body, model, gateway.pool, gateway.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from kubernetes.aio import client as kubernetes_client
 
 from controlplane.fleet.cards import publish_card
+from controlplane.fleet.demand import DemandReader
 from controlplane.gateway.modelcard import build_card, encode_card
 from controlplane.kube.client import KubeApi
 from controlplane.kube.resources import MODEL_SERVINGS, Json
@@ -87,14 +89,19 @@ async def test_a_serving_at_zero_is_listed_from_the_moment_its_card_is_there(
         assert (await http.post("/v1/completions", json=body)).status_code == 404
         await api.create(MODEL_SERVINGS, serving(), manager=MANAGER)
         await until(lambda: NAME in stack.gateway.catalogue._pending)
-        early = await http.post("/v1/completions", json=body)
+        early = await http.post("/v1/tokenize", json=body)
         assert early.status_code == 503 and early.json()["error"]["code"] == "model_not_ready"
-        assert "ns/tiny" in stack.gateway.demand._models, "to be asked may be what it waits for"
+        first = asyncio.create_task(http.post("/v1/completions", json=body))
+        async with asyncio.timeout(5):
+            while (await DemandReader(stack.redis).read()).held("ns/tiny") != 1:
+                await asyncio.sleep(0.02)
         digest = await resolved(api, small_model_path)
         await publish_card(stack.redis, digest, encode_card(build_card(small_model_path)))
         await until(lambda: bool(stack.gateway.catalogue.models()))
         assert await listed(stack) == [(NAME, False)]
         assert stack.gateway.catalogue.resolve("t").id == NAME
+        stack.executor.serving = True
+        assert (await first).status_code == 200, "the first request ever was held for the tokenizer, too"
         await api.delete(MODEL_SERVINGS, "ns", NAME)
         await until(lambda: not stack.gateway.catalogue.models())
         assert (await http.post("/v1/completions", json=body)).status_code == 404
