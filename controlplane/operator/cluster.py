@@ -37,11 +37,16 @@ _STATUS_KEPT = ("phase", "podIP", "conditions", "containerStatuses")
 
 
 def trim_pod(obj: Json) -> Json:
-    """Of thousands of pods only what is read is kept: no spec, no managed fields."""
+    """Of thousands of pods only what is read is kept: of the spec its node, no managed fields."""
     status = obj.get("status") or {}
     meta = obj["metadata"]
     meta.pop("managedFields", None)
-    return {"metadata": meta, "status": {name: status[name] for name in _STATUS_KEPT if name in status}}
+    spec = {"nodeName": (obj.get("spec") or {}).get("nodeName") or ""}
+    return {
+        "metadata": meta,
+        "spec": spec,
+        "status": {name: status[name] for name in _STATUS_KEPT if name in status},
+    }
 
 
 def _namespaced(label: str) -> Callable[[Json], Iterator[str]]:

@@ -23,6 +23,7 @@ from controlplane.kube.client import KubeApi
 from controlplane.kube.lease import LeaderElection, LeaseTimes
 from controlplane.kube.resources import Key, key_of
 from controlplane.operator import metrics
+from controlplane.operator.caches import CacheLoop
 from controlplane.operator.cluster import Cluster
 from controlplane.operator.pools import PoolController
 from controlplane.operator.queue import Controller
@@ -51,6 +52,7 @@ class Operator:
             "modelserving", servings.reconcile, workers=settings.workers
         )
         self.pools: Controller[Key] = Controller("warmpool", pools.reconcile, workers=2)
+        self.caches = CacheLoop(self.cluster)
         self.scaling = ScalingLoop(self.cluster, DemandReader(redis) if redis is not None else None)
 
     async def run(self) -> None:
@@ -73,6 +75,7 @@ class Operator:
             group.create_task(self.servings.run(), name="servings")
             group.create_task(self.pools.run(), name="pools")
             group.create_task(self.scaling.run(), name="scaling")
+            group.create_task(self.caches.run(), name="caches")
             group.create_task(self._measure(), name="measure")
 
     @property

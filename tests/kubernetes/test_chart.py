@@ -285,9 +285,11 @@ def test_pools_are_their_profile_with_what_the_pool_says(render: Render) -> None
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pods_that_the_operator_makes_of_pools_are_valid_and_restricted(render: Render, version: str) -> None:
-    operator = only(render(EVERYTHING), "Deployment", "deepflow-operator")["spec"]["template"]["spec"]
+    documents = render(EVERYTHING)
+    operator = only(documents, "Deployment", "deepflow-operator")["spec"]["template"]["spec"]
+    policy = only(documents, "NetworkPolicy", "deepflow-executor")["spec"]
     env = {item["name"]: item.get("value", "") for item in operator["containers"][0]["env"]}
-    for document in render(EVERYTHING):
+    for document in documents:
         if document["kind"] != "WarmPool":
             continue
         pool = WarmPool.model_validate(document)
@@ -306,7 +308,6 @@ def test_pods_that_the_operator_makes_of_pools_are_valid_and_restricted(render: 
             if "secretKeyRef" in item.get("valueFrom", {})
         }
         assert secrets == {"deepflow-token", "deepflow-valkey"}
-        policy = only(render(EVERYTHING), "NetworkPolicy", "deepflow-executor")["spec"]
         assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
         listening = {port["containerPort"] for each in spec["containers"] for port in each["ports"]}
         assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == listening

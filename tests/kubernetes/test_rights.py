@@ -20,6 +20,7 @@ from controlplane.kube import metrics
 from controlplane.kube.client import Forbidden, KubeApi, connect
 from controlplane.kube.resources import (
     EVENTS,
+    MODEL_CACHES,
     MODEL_SERVINGS,
     PODS,
     ROLE_SCALERS,
@@ -107,6 +108,20 @@ async def test_the_operator_and_the_hook_do_all_they_do_with_the_charts_rights(
             await world.serving(roles={"prefill": {"min": 1, "max": 2}, "decode": {"min": 1, "max": 2}})
             await world.until_serving(2)
             await world.until_ready("Serving")
+            kept = {"models": [{"uri": f"file://{world.model}"}]}
+            cache = {
+                "apiVersion": MODEL_CACHES.api_version,
+                "kind": MODEL_CACHES.kind,
+                "metadata": {"name": "c", "namespace": NAMESPACE},
+                "spec": kept,
+            }
+            await admin.create(MODEL_CACHES, cache, manager="tests")
+
+            async def cached() -> bool:
+                found = (await admin.get(MODEL_CACHES, NAMESPACE, "c")).get("status") or {}
+                return [c["reason"] for c in found.get("conditions", [])] == ["Cached"]
+
+            await world.until(cached, why="the model is kept")
             await world.scale("m", "decode", 2)
             await world.until_serving(3)
             await admin.delete(MODEL_SERVINGS, NAMESPACE, "m")

@@ -1,0 +1,125 @@
+"""Models that are kept ahead: fetched by pods' fetchers, told by node, retried, and then silent."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from controlplane.kube.resources import MODEL_CACHES, PODS, WARM_POOLS, Json, ResourceType
+from controlplane.operator import caches
+from tests.support.kube_world import World
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(caches, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(caches, "FAILED_SECONDS", 0.2)
+    monkeypatch.setattr(caches, "HOPELESS_SECONDS", 0.2)
+
+
+async def cache(world: World, *uris: str, pools: tuple[str, ...] = ()) -> None:
+    body = {
+        "apiVersion": MODEL_CACHES.api_version, "kind": "ModelCache",
+        "metadata": {"namespace": world.namespace, "name": "c"},
+        "spec": {"models": [{"uri": uri} for uri in uris], "pools": list(pools)},
+    }  # fmt: skip
+    await world.api.create(MODEL_CACHES, body, manager="test")
+
+
+async def bind(world: World, pod: str, node: str) -> None:
+    """What a scheduler does; the emulator knows no bindings."""
+    if world.server is not None:
+        await world.api.patch(PODS, world.namespace, pod, {"spec": {"nodeName": node}}, manager="test")
+        return
+    body = {
+        "apiVersion": "v1", "kind": "Binding",
+        "metadata": {"namespace": world.namespace, "name": pod}, "target": {"kind": "Node", "name": node},
+    }  # fmt: skip
+    await world.api.create(ResourceType("", "v1", "Binding", f"pods/{pod}/binding"), body, manager="test")
+
+
+async def status(world: World) -> Json:
+    found: Json = (await world.api.get(MODEL_CACHES, world.namespace, "c")).get("status") or {}
+    return found
+
+
+async def until_reason(world: World, reason: str) -> Json:
+    async def there() -> bool:
+        return [c["reason"] for c in (await status(world)).get("conditions", [])] == [reason]
+
+    await world.until(there, why=reason)
+    return await status(world)
+
+
+async def test_models_are_fetched_ahead_and_told_by_node(world: World) -> None:
+    uri = f"file://{world.model}"
+    async with world.operator():
+        await cache(world, uri)
+        await until_reason(world, "NoPods")
+        await world.pool(size=3)
+        await world.until_warm(3)
+        for number, pod in enumerate(await world.pods()):
+            await bind(world, pod["metadata"]["name"], f"node-{number % 2}")
+
+        async def there() -> bool:
+            return (await status(world)).get("readyNodes") == 2
+
+        await world.until(there, why="two nodes have it")
+        said = await until_reason(world, "Cached")
+        assert [(node["name"], node["pods"]) for node in said["nodes"]] == [("node-0", 2), ("node-1", 1)]
+        size = world.model.stat().st_size
+        assert said["nodes"][0]["models"] == [
+            {"uri": uri, "state": "Ready", "bytesDone": size, "bytesTotal": size, "message": ""}
+        ]
+        assert said["wantedNodes"] == 2
+        assert said["observedGeneration"] == 1
+        before = await world.api.get(MODEL_CACHES, world.namespace, "c")
+        await asyncio.sleep(1.0)  # many looks
+        after = await world.api.get(MODEL_CACHES, world.namespace, "c")
+        assert after["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]
+
+
+async def test_what_fails_is_told_and_asked_for_again(world: World) -> None:
+    missing = world.folder / "later.gguf"
+    async with world.operator():
+        await world.pool(size=1)
+        await world.until_warm(1)
+        await cache(world, f"file://{missing}", f"file://{world.model}")
+        await until_reason(world, "FetchFailed")
+
+        async def told() -> bool:
+            models = (await status(world))["nodes"][0]["models"]
+            return {m["uri"]: (m["state"], "later.gguf" in m["message"]) for m in models} == {
+                f"file://{missing}": ("Failed", True), f"file://{world.model}": ("Ready", False),
+            }  # fmt: skip
+
+        await world.until(told, why="each model has its own state")
+        missing.write_bytes(b"now it is there")
+        await until_reason(world, "Cached")
+
+
+async def test_other_pools_are_not_asked_and_a_pool_s_own_models_are(world: World) -> None:
+    own = world.folder / "own.gguf"
+    own.write_bytes(b"of the pool")
+    async with world.operator() as operator:
+        await world.pool("cpu", size=1)
+        await world.pool("other", size=1, models=[f"file://{own}"])
+        await world.until_warm(2)
+        await cache(world, f"file://{world.model}", pools=("cpu",))
+        assert (await until_reason(world, "Cached"))["nodes"][0]["pods"] == 1
+
+        async def both() -> bool:
+            kept = operator.caches._kept
+            return {uri for _, uri in kept} == {f"file://{own}", f"file://{world.model}"} and len(kept) == 2
+
+        await world.until(both, why="each pool has its own")
+        await world.api.delete(MODEL_CACHES, world.namespace, "c")
+        change = {"spec": {"models": None}}
+        await world.api.patch(WARM_POOLS, world.namespace, "other", change, manager="test")
+
+        async def nothing() -> bool:
+            return not operator.caches._kept
+
+        await world.until(nothing, why="what nobody wants is forgotten")
