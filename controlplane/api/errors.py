@@ -55,6 +55,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        drop_reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -63,14 +64,17 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.drop_reason = drop_reason
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body, in OpenAI's field order."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """`Retry-After` in whole seconds, `WWW-Authenticate` on 401."""
+        """`Retry-After` in whole seconds, `WWW-Authenticate` on 401, why load was shed."""
         headers: list[tuple[bytes, bytes]] = []
+        if self.drop_reason is not None:
+            headers.append((b"x-deepflow-drop-reason", self.drop_reason.encode()))
         if self.retry_after is not None:
             headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after))).encode()))
         elif self.status in (429, 503):

@@ -275,7 +275,14 @@ def _nobody() -> None:
 def api_error(error: ServingError) -> ApiError:
     """The executor's reason as the client sees it. 499 is for our log only: here it means a shutdown."""
     status = 503 if error.status == 499 else error.status
-    return ApiError(status, error.message, param=error.param, code=error.code, retry_after=error.retry_after)
+    return ApiError(
+        status,
+        error.message,
+        param=error.param,
+        code=error.code,
+        retry_after=error.retry_after,
+        drop_reason=error.drop_reason,
+    )
 
 
 def _delta_error(delta: ChoiceDelta) -> ApiError:

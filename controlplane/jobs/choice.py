@@ -20,9 +20,10 @@ from controlplane.jobs import metrics, wire
 from controlplane.jobs.attempt import Ahead, Attempt, Offer
 from controlplane.jobs.progress import Gap, Progress
 from controlplane.jobs.records import TaskRecord
-from controlplane.jobs.serving import ServingError
+from controlplane.jobs.serving import ServingError, dropped
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.jobs.states import TaskEvent, TaskState, next_task_state
+from controlplane.scheduling.admission import DropReason
 from controlplane.scheduling.types import Decision, Mode, Reason
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_SECONDS = 1.0
-"""Told to clients that met a full queue: placements turn over within seconds (ours)."""
 LEASE_SHARE = 0.5
 """Of a handover's lease that placement may use up; the rest is for the pull to begin (ours)."""
 MAX_AHEAD_DELTAS = 256
@@ -157,6 +156,26 @@ class Choice:
             self.unplaced_since = now
             self._host.wants_place(self)
 
+    @property
+    def preemptible(self) -> bool:
+        """Its prompt waits or is computed on an executor, and no token has come of it yet."""
+        current = self.current
+        return (
+            current is not None
+            and current.kind != common_pb2.TASK_KIND_DECODE
+            and self.state.on_executor
+            and not self.output
+        )
+
+    def preempt(self) -> None:
+        """A higher band needs the executor more: back to the queue. It has waited since its beginning."""
+        attempt = self.current
+        assert attempt is not None  # it is preemptible
+        self._host.abort(attempt.te_id, self.task_id, attempt.number, "preempted")
+        metrics.REPLAYS.labels("preempted").inc()
+        self.unplaced_reason = Reason.BUSY
+        self._again("preempted", pause=False, refused=True)
+
     def give_up_handover(self, why: str) -> None:
         """No decode executor in time: the rest runs unified, where the prompt is cached if possible."""
         self._drop_offer(why)
@@ -210,9 +229,10 @@ class Choice:
             return
         settings = self._host.settings
         if now >= self.job.deadline:
-            self.fail(
-                ServingError(504, "deadline_exceeded", "The request was not completed within its deadline.")
+            late = ServingError(
+                504, "deadline_exceeded", "The request was not completed within its deadline."
             )
+            self.fail(late if self.attempts else dropped(late, DropReason.EVICTED_DEADLINE))
         elif self.state is TaskState.HELD:
             self._tick_held(now - self.unplaced_since)
         elif self.current is not None and self.state.on_executor:
@@ -398,7 +418,7 @@ class Choice:
             attempt.end(reason, self._host.wall())
             self.current = None
             message = f"The request failed {self.faults} times, at last with {reason}."
-            self.fail(ServingError(503, "replays_exhausted", message, retry_after=RETRY_AFTER_SECONDS))
+            self.fail(ServingError(503, "replays_exhausted", message, retry_after=wire.RETRY_AFTER_SECONDS))
             return
         self._again(reason, pause=True)
 
@@ -439,7 +459,7 @@ class Choice:
         log.warning("task %s on %s: nothing for %.0f s", self.task_id, attempt.te_id, limit)
         if self._stalled:
             message = f"The executors produced nothing for {limit:g} s, twice."
-            self.fail(ServingError(504, "stalled", message, retry_after=RETRY_AFTER_SECONDS))
+            self.fail(ServingError(504, "stalled", message, retry_after=wire.RETRY_AFTER_SECONDS))
             return
         self._host.abort(attempt.te_id, self.task_id, attempt.number, "stalled")
         self._fault("stall", attempt)
@@ -449,11 +469,11 @@ class Choice:
         settings = self._host.settings
         if self.unplaced_reason is Reason.BUSY:
             if waited > settings.contended_seconds:
-                message = "All executors of this model were full for too long."
-                self.fail(ServingError(429, "queue_full", message, retry_after=RETRY_AFTER_SECONDS))
+                self.fail(dropped(wire.queue_full(), DropReason.EVICTED_TIMEOUT))
         elif waited > settings.placement_seconds:
             message = f"No executor could serve this model within {settings.placement_seconds:g} s."
-            self.fail(ServingError(503, "no_executor", message, retry_after=RETRY_AFTER_SECONDS))
+            error = ServingError(503, "no_executor", message, retry_after=wire.RETRY_AFTER_SECONDS)
+            self.fail(dropped(error, DropReason.EVICTED_TIMEOUT))
 
     def _drop_offer(self, reason: str) -> None:
         """Lets the prefill side free what it kept for a decode that does not come."""
@@ -481,6 +501,8 @@ class Choice:
         self.finish, self.error = finish, error
         self.progress.attempt = 0
         metrics.TASKS.labels(error.code if error is not None else finish).inc()
+        if error is not None and error.drop_reason is not None:
+            metrics.DROPPED.labels(error.drop_reason).inc()
         if self.first_token_at is not None and self.last_token_at is not None and len(self.output) > 1:
             took = self.last_token_at - self.first_token_at
             metrics.TPOT_SECONDS.labels(str(self.mode)).observe(took / (len(self.output) - 1))

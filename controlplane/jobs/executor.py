@@ -9,7 +9,6 @@ executor for serving jobs; the policy is `controlplane.scheduling`.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import logging
 import random
 import secrets
@@ -20,16 +19,21 @@ from deepflow.v1.common_pb2 import KVSource
 
 from controlplane.fleet.view import FleetView
 from controlplane.jobs import metrics, wire
-from controlplane.jobs.choice import RETRY_AFTER_SECONDS, Choice
+from controlplane.jobs.choice import Choice
 from controlplane.jobs.job import Job
 from controlplane.jobs.placement import Placer
-from controlplane.jobs.serving import ServingError, ServingRequest
+from controlplane.jobs.serving import ServingError, ServingRequest, dropped
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.jobs.states import TaskState
+from controlplane.jobs.waiting import WaitingRoom
+from controlplane.scheduling.admission import DropReason
 from controlplane.scheduling.types import Reason
 
 PUMP_PAUSE_SECONDS = 0.002
 """Between two passes over what waits: many load reports make one pass (ours)."""
+
+MAX_N = 1024
+"""Numbers kept for the choices of one job: above any `n` that the API takes."""
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +60,7 @@ class JobExecutor:
         self._placer = Placer(fleet, settings.scheduling, clock, self._rng)
         self._jobs: dict[str, Job] = {}
         self._live: dict[str, Choice] = {}
-        self._waiting: dict[str, list[tuple[int, int, int]]] = {}  # per revision, in order
-        self._by_key: dict[tuple[int, int, int], Choice] = {}
-        self._keys: dict[str, tuple[int, int, int]] = {}
+        self._room = WaitingRoom(settings.max_held, settings.max_held_bytes)
         self._numbers: dict[str, int] = {}
         self._number = 0
         self._wake = asyncio.Event()
@@ -72,33 +74,43 @@ class JobExecutor:
     def submit(self, request: ServingRequest) -> Job:
         """Raises ServingError: 429 queue_full, 503 shutting_down, 400 what no executor could ever hold."""
         if self._draining:
-            raise self._refuse(503, "shutting_down", "The server is shutting down.")
+            raise self._refuse(
+                503, "shutting_down", "The server is shutting down.", DropReason.REJECTED_SHUTDOWN
+            )
         if len(self._live) + request.n > self.settings.max_choices:
-            raise self._refuse(429, "queue_full", "Too many requests are running. Try again shortly.")
-        revision = request.model_revision
-        queued = bool(self._waiting.get(revision))
-        if queued and len(self._keys) >= self.settings.max_held:
-            raise self._refuse(429, "queue_full", "Too many requests are waiting. Try again shortly.")
-        self._number += 1
+            raise self._refuse(
+                429, "queue_full", "Too many requests are running. Try again shortly.",
+                DropReason.REJECTED_IN_FLIGHT,
+            )  # fmt: skip
+        self._number += MAX_N
         job_id = f"job_{int(self._wall() * 1000):011x}{secrets.token_hex(8)}"
-        job = Job(self, job_id, request, block_tokens=self._fleet.block_tokens(revision))
+        job = Job(self, job_id, request, block_tokens=self._fleet.block_tokens(request.model_revision))
         self._numbers[job_id] = self._number
         first = job.choices[0]
-        reason = Reason.BUSY if queued else self._placer.place(first)
+        reason = Reason.BUSY if self._behind(first) else self._place(first)
         if reason is Reason.TOO_LARGE:
             del self._numbers[job_id]
             metrics.REFUSED.labels("too_large").inc()
-            raise wire.too_large()
-        if reason is not None and len(self._keys) >= self.settings.max_held:
-            del self._numbers[job_id]
-            raise self._refuse(429, "queue_full", "Too many requests are waiting. Try again shortly.")
+            metrics.DROPPED.labels(DropReason.REJECTED_TOO_LARGE).inc()
+            raise dropped(wire.too_large(), DropReason.REJECTED_TOO_LARGE)
+        evicted: list[tuple[Choice, DropReason]] = []
+        if reason is not None:
+            refused, evicted = self._room.let_in(first, self._placer.cost(first), self._number)
+            if refused is not None:
+                del self._numbers[job_id]
+                raise self._refuse(
+                    429, "queue_full", "Too many requests are waiting. Try again shortly.", refused
+                )
+            first.unplaced_reason = reason
+            self._wake.set()
         self._jobs[job_id] = job
         self._live.update((choice.task_id, choice) for choice in job.choices)
         metrics.IN_FLIGHT.inc(len(job.choices))
         self._idle.clear()
-        if reason is not None:
-            first.unplaced_reason = reason
-            self._hold(first)
+        for victim, why in evicted:
+            victim.fail(dropped(wire.queue_full(), why))
+        if reason is Reason.BUSY:
+            self._make_way(first)
         for choice in job.choices[1:]:
             if choice.state is TaskState.HELD:
                 self._hold(choice)
@@ -110,11 +122,7 @@ class JobExecutor:
 
     @property
     def accepting(self) -> bool:
-        return (
-            not self._draining
-            and len(self._live) < self.settings.max_choices
-            and len(self._keys) < self.settings.max_held
-        )
+        return not self._draining and len(self._live) < self.settings.max_choices and not self._room.full
 
     # -- Host --------------------------------------------------------------------------------------------
 
@@ -135,23 +143,22 @@ class JobExecutor:
 
     def wants_place(self, choice: Choice) -> None:
         if choice.not_before <= self._clock() and not self._behind(choice):
-            reason = self._placer.place(choice)
+            reason = self._place(choice)
             if reason is None:
                 return
             if reason is Reason.TOO_LARGE and choice.state is TaskState.HELD:
-                choice.fail(wire.too_large())
+                choice.fail(dropped(wire.too_large(), DropReason.REJECTED_TOO_LARGE))
                 return
             choice.unplaced_reason = reason
         self._hold(choice)
 
     def prefill_started(self, choice: Choice, opened: KVSource) -> None:
-        waiting = self._waiting.get(choice.job.request.model_revision, ())
-        handovers = sum(self._by_key[key].state is TaskState.HANDOVER for key in waiting)
-        outcome = self._placer.place_early(choice, opened, handovers_waiting=handovers)
+        waiting = len(self._room.handovers(choice.job.request.model_revision))
+        outcome = self._placer.place_early(choice, opened, handovers_waiting=waiting)
         metrics.EARLY.labels(outcome).inc()
 
     def ended(self, choice: Choice) -> None:
-        self._unhold(choice)
+        self._room.leave(choice)
         if self._live.pop(choice.task_id, None) is not None:
             metrics.IN_FLIGHT.dec()
         if all(item.state.terminal for item in choice.job.choices):
@@ -159,7 +166,7 @@ class JobExecutor:
             self._numbers.pop(choice.job.job_id, None)
         if not self._live:
             self._idle.set()
-        if self._keys:
+        if len(self._room):
             self._wake.set()
 
     def changed(self, job: Job) -> None:
@@ -190,43 +197,47 @@ class JobExecutor:
 
     # -- inside ------------------------------------------------------------------------------------------
 
-    def _refuse(self, status: int, code: str, message: str) -> ServingError:
+    def _refuse(self, status: int, code: str, message: str, why: DropReason) -> ServingError:
         metrics.REFUSED.labels(code).inc()
-        return ServingError(status, code, message, retry_after=RETRY_AFTER_SECONDS)
+        metrics.DROPPED.labels(why).inc()
+        return dropped(ServingError(status, code, message, retry_after=wire.RETRY_AFTER_SECONDS), why)
 
     def _fleet_changed(self) -> None:
-        if self._keys:
+        if len(self._room):
             self._wake.set()
-
-    def _key(self, choice: Choice) -> tuple[int, int, int]:
-        return (-choice.job.request.priority, self._numbers[choice.job.job_id], choice.index)
 
     def _behind(self, choice: Choice) -> bool:
         """Something before it waits for the same executors. A decode, whose KV is held, goes first."""
-        waiting = self._waiting.get(choice.job.request.model_revision)
-        return bool(waiting and choice.state is TaskState.HELD and waiting[0] < self._key(choice))
+        return choice.state is TaskState.HELD and self._room.behind(choice, self._numbers[choice.job.job_id])
 
     def _hold(self, choice: Choice) -> None:
-        if choice.task_id in self._keys:
-            return
-        key = self._key(choice)
-        self._keys[choice.task_id] = key
-        self._by_key[key] = choice
-        bisect.insort(self._waiting.setdefault(choice.job.request.model_revision, []), key)
-        metrics.HELD.inc()
+        self._room.put_back(choice, self._placer.cost(choice), self._numbers[choice.job.job_id])
         self._wake.set()
 
-    def _unhold(self, choice: Choice) -> None:
-        key = self._keys.pop(choice.task_id, None)
-        if key is None:
-            return
-        del self._by_key[key]
-        revision = choice.job.request.model_revision
-        waiting = self._waiting[revision]
-        waiting.pop(bisect.bisect_left(waiting, key))
-        if not waiting:
-            del self._waiting[revision]
-        metrics.HELD.dec()
+    def _place(self, choice: Choice) -> Reason | None:
+        """Submits it, and charges its tenant for what that costs. None: done; else why not."""
+        decoding = choice.state is TaskState.HANDOVER
+        reason = self._placer.place(choice)
+        if reason is None and not decoding:
+            self._room.charge(choice, self._placer.cost(choice))
+        return reason
+
+    def _make_way(self, choice: Choice) -> None:
+        """Every executor is full: one choice of a lower band that has no token yet goes back to the queue."""
+        request = choice.job.request
+        lower = [
+            other
+            for other in self._live.values()
+            if other.job.request.priority < request.priority
+            and other.job.request.model_revision == request.model_revision
+            and other.preemptible
+        ]
+        if lower:
+            # Of the lowest band the one that came last: it has waited least.
+            victim = min(
+                lower, key=lambda c: (c.job.request.priority, -self._numbers[c.job.job_id], -c.index)
+            )
+            victim.preempt()
 
     def place_waiting(self) -> float | None:
         """One pass in order; per revision it stops at the first that must wait for an executor, so that a
@@ -235,35 +246,37 @@ class JobExecutor:
         A task that the executors there can never run waits for others to come, and stops nobody."""
         now = self._clock()
         due: float | None = None
-        for revision in list(self._waiting):
-            blocked = False
-            for key in list(self._waiting.get(revision, ())):
-                choice = self._by_key.get(key)
-                if choice is None:
+        for choice in self._room.handovers():
+            if choice.not_before > now:
+                due = min(due or choice.not_before, choice.not_before)
+            elif (reason := self._place(choice)) is None:
+                self._room.leave(choice)
+            else:
+                self._wait_for_decode(choice, reason, now)
+        for revision in self._room.revisions:
+            passed: set[str] = set()
+            while (waiting := self._room.next(revision, passed)) is not None:
+                if waiting.not_before > now:
+                    due = min(due or waiting.not_before, waiting.not_before)
+                    passed.add(waiting.task_id)
                     continue
-                handover = choice.state is TaskState.HANDOVER
-                if choice.not_before > now:
-                    due = min(due or choice.not_before, choice.not_before)
-                    continue
-                if blocked and not handover:
-                    continue
-                reason = self._placer.place(choice)
+                reason = self._place(waiting)
                 if reason is None:
-                    self._unhold(choice)
-                elif handover:
-                    self._wait_for_decode(choice, reason, now)
+                    self._room.leave(waiting)
                 elif reason is Reason.TOO_LARGE:
-                    choice.fail(wire.too_large())
+                    waiting.fail(dropped(wire.too_large(), DropReason.REJECTED_TOO_LARGE))
                 else:
-                    choice.unplaced_reason = reason
-                    blocked = reason is Reason.BUSY or not choice.never
+                    waiting.unplaced_reason = reason
+                    if reason is Reason.BUSY or not waiting.never:
+                        break
+                    passed.add(waiting.task_id)
         return None if due is None else max(0.0, due - now)
 
     def _wait_for_decode(self, choice: Choice, reason: Reason, now: float) -> None:
         assert choice.offer is not None
         if reason is Reason.BUSY and now < choice.offer.until:
             return
-        self._unhold(choice)
+        self._room.leave(choice)
         choice.give_up_handover(f"no decode executor: {reason}")
 
     async def _pump(self) -> None:
@@ -285,7 +298,7 @@ class JobExecutor:
                 choice.tick(now)
             late = now - self.settings.stuck_grace_seconds
             metrics.STUCK.set(sum(choice.job.deadline < late for choice in self._live.values()))
-            if self._keys:
+            if len(self._room):
                 self._wake.set()
 
     async def _guard(self, loop: Callable[[], Awaitable[None]]) -> None:

@@ -10,6 +10,11 @@ _STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1
 JOBS = remembered(Counter("deepflow_jobs_jobs_total", "Jobs by how they ended.", ["outcome"]))
 TASKS = remembered(Counter("deepflow_jobs_tasks_total", "Choices by how they ended.", ["outcome"]))
 REFUSED = Counter("deepflow_jobs_refused_total", "Requests refused at admission.", ["reason"])
+DROPPED = Counter(
+    "deepflow_jobs_dropped_total",
+    "Requests and choices that got no answer, as the API tells why.",
+    ["reason"],
+)
 REPLAYS = Counter("deepflow_jobs_replays_total", "Attempts that were placed again.", ["reason"])
 STALE = Counter("deepflow_jobs_stale_deltas_total", "Deltas or tokens ignored.", ["reason"])
 PLACED = remembered(Counter("deepflow_jobs_placements_total", "Submits to executors.", ["kind", "reason"]))

@@ -65,6 +65,15 @@ class Placer:
             return None
         return Reason.BUSY
 
+    def cost(self, choice: Choice) -> float:
+        """Tokens that must be computed for it: where it was placed, or where most of it is cached."""
+        have = len(choice.job.request.prompt) + len(choice.output)
+        attempt = choice.current
+        if attempt is not None and attempt.decision is not None:
+            return max(1, have - attempt.decision.cached_tokens)
+        view = self._fleet.cluster_view(choice.job.request.model_revision)
+        return max(1, have - max(self._cached(choice, view).values(), default=0))
+
     def place_early(self, choice: Choice, opened: KVSource, *, handovers_waiting: int) -> str:
         """Submits the decode of a prefill that has started, if that is wise now; says what was decided."""
         view = self._fleet.cluster_view(choice.job.request.model_revision)

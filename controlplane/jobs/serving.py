@@ -89,9 +89,17 @@ class ServingError(Exception):
     message: str
     retry_after: float | None = None  # seconds
     param: str | None = None
+    drop_reason: str | None = None  # "rejected-…": it never ran or waited; "evicted-…": it waited in vain
 
     def __str__(self) -> str:
-        return f"{self.status} {self.code}: {self.message}"
+        why = f" ({self.drop_reason})" if self.drop_reason else ""
+        return f"{self.status} {self.code}{why}: {self.message}"
+
+
+def dropped(error: ServingError, reason: str) -> ServingError:
+    """The error with the reason that the API tells."""
+    error.drop_reason = reason
+    return error
 
 
 class ServingJob(Protocol):

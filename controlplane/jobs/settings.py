@@ -69,6 +69,18 @@ class RuntimeSettings(BaseModel):
     # Admission.
     max_choices: int = Field(1024, ge=1, description="Choices in flight, held ones included; beyond: 429.")
     max_held: int = Field(512, ge=1, description="Choices that wait for an executor; beyond: 429.")
+    max_held_bytes: int = Field(
+        256 << 20, ge=1, description="Bytes of prompts that wait for an executor of one model; beyond: 429."
+    )
+    hold_seconds: float = Field(
+        5,
+        ge=0,
+        description="Prompts wait here, where priorities and shares order them, while each executor has more "
+        "than this to prefill. 0: they go to executors as long as those take any.",
+    )
+    hold_step_seconds: float = Field(
+        0, ge=0, description="Nothing starts while all decode executors take longer steps. 0: no bound."
+    )
 
     # Deadlines of the stages; the request's own comes with it.
     placement_seconds: float = Field(60, gt=0, description="Hold while no executor exists, then 503.")
@@ -125,6 +137,8 @@ class RuntimeSettings(BaseModel):
             early_decode=self.early_decode,
             early_free_share=self.early_free_share,
             early_horizon_seconds=self.early_horizon_seconds,
+            hold_seconds=self.hold_seconds,
+            hold_step_seconds=self.hold_step_seconds,
         )
 
     @property

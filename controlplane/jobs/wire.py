@@ -11,6 +11,9 @@ from deepflow.v1 import common_pb2, worker_pb2
 
 from controlplane.jobs.serving import Sampling, ServingError, TokenLogprobs
 
+RETRY_AFTER_SECONDS = 1.0
+"""Told to clients that met a full queue: placements turn over within seconds (ours)."""
+
 _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 
@@ -96,6 +99,15 @@ def final_error(error: common_pb2.TaskError) -> ServingError:
     if error.code == common_pb2.ERROR_CODE_OUT_OF_KV:
         return too_large()
     return ServingError(500, "executor_error", error.message or "The executor failed.")
+
+
+def queue_full() -> ServingError:
+    return ServingError(
+        429,
+        "queue_full",
+        "All executors of this model were full for too long, or others went first.",
+        retry_after=RETRY_AFTER_SECONDS,
+    )
 
 
 def too_large() -> ServingError:

@@ -104,6 +104,8 @@ class _Look:
         self.table, self.request, self.policy, self.draw = table, request, policy, draw
         self.data = table.data[:, : len(table)]
         self.cached = self._cached()
+        self.all_fit = False
+        self.held_back = False  # somebody is fit but for the length of its queue
         self._roles: dict[Role, Mask] = {}
         self._cost: Floats | None = None
         self._pressure: Floats | None = None
@@ -126,6 +128,14 @@ class _Look:
         fit = usable & self.has_room(decode=decode)
         if not np.count_nonzero(fit):
             return None
+        policy = self.policy
+        if (policy.hold_seconds or policy.hold_step_seconds) and not decode:
+            if policy.hold_seconds:
+                fit &= data[c.QUEUED] * data[c.TOKEN] <= policy.hold_seconds
+            if not np.count_nonzero(fit) or self._decoders_slow():
+                self.held_back = True
+                return None
+        self.all_fit = not request.excluded and np.count_nonzero(fit) == len(self.table)
         if request.excluded:
             others = fit.copy()
             for te_id in request.excluded:
@@ -135,6 +145,15 @@ class _Look:
             if np.count_nonzero(others):
                 fit = others
         return self._sampled(fit)
+
+    def _decoders_slow(self) -> bool:
+        """All executors that prefer decoding take long steps: who starts now slows everyone there."""
+        bound = self.policy.hold_step_seconds
+        decoders = self.open & self.role(Role.DECODE)
+        if not bound or not np.count_nonzero(decoders):
+            return False
+        quick = (self.data[c.STEP] <= bound) | (self.data[c.TASKS] == 0)
+        return not np.count_nonzero(decoders & quick)
 
     def has_room(self, *, decode: bool) -> Mask:
         request = self.request
@@ -197,6 +216,8 @@ class _Look:
                 return MAP_AGAINST, heat
         if combined:
             cost = self.prefill_cost()
+            if float(cost[row]) <= policy.guard_seconds:
+                return (BOTH_FIT, None) if heat is None else (MAP_FOR, heat)
             # Rates told after short prompts are low: what is compared is queues and caches, at one rate.
             slower = np.maximum(self.data[c.TOKEN], self.data[c.TOKEN, row])
             whole = self.data[c.QUEUE] + (request.tokens - self.cached) * slower
@@ -319,14 +340,14 @@ class _Look:
         )
 
     def _tops(self, rows: npt.NDArray[np.intp], cost: Floats) -> list[int]:
-        part = self.cached[rows], cost[rows], self.data[c.QUEUE, rows]
-        return list(
-            dict.fromkeys(int(rows[at]) for at in (part[0].argmax(), part[1].argmin(), part[2].argmin()))
-        )
+        tops = [rows[cost[rows].argmin()], rows[self.data[c.QUEUE, rows].argmin()]]
+        if self.cached[longest := self.cached.argmax()] and longest in rows:
+            tops.append(longest)
+        return list(dict.fromkeys(map(int, tops)))
 
     def _dropped(self, candidates: Mask, *, decode: bool) -> dict[str, Drop]:
         told: dict[str, Drop] = {}
-        if len(self.table) == np.count_nonzero(candidates):
+        if self.all_fit:
             return told
         for row in (~(self.open & self.has_room(decode=decode))).nonzero()[0][:MAX_TOLD].tolist():
             view = self.table.views[row]
@@ -341,6 +362,8 @@ class _Look:
 
     def unplaceable(self, *, decode: bool = False) -> Unplaceable:
         """Nobody: each is asked why, as that decides between waiting and giving up."""
+        if self.held_back:
+            return Unplaceable(Reason.BUSY, {v.te_id: Drop.HELD_BACK for v in self.table.views[:MAX_TOLD]})
         dropped: dict[str, Drop] = {}
         reasons: set[Drop] = set()
         for view in self.table.views:

@@ -39,13 +39,14 @@ class Drop(enum.StrEnum):
     HUNG = "step_loop_hung"
     EXCLUDED = "excluded"
     TOO_LARGE = "too_large"  # it could not hold the sequence even when empty
+    HELD_BACK = "held_back"  # its queue or its steps are long: what comes next may matter more
     TASKS_FULL = "tasks_full"
     KV_FULL = "kv_full"
 
     @property
     def passes(self) -> bool:
         """Waiting for running work is enough to make the executor fit."""
-        return self in (Drop.TASKS_FULL, Drop.KV_FULL)
+        return self in (Drop.TASKS_FULL, Drop.KV_FULL, Drop.HELD_BACK)
 
 
 class Reason(enum.StrEnum):
@@ -140,6 +141,12 @@ class Policy:
     tie_share: float = 0.1
     """Executors whose cost is within this share of the prompt's own prefill time of the best are as good:
     among them the prompt's affinity decides (ours: the next request with that beginning saves more)."""
+    hold_seconds: float = 0.0
+    """Executors with more than so many seconds of prompts to compute get no further one: where it waits
+    instead, order can still change. 0: they take all they have room for."""
+    hold_step_seconds: float = 0.0
+    """While the steps of all executors that prefer decoding take longer, nothing is started: one more would
+    slow all of them. 0: no bound."""
     sample: int = 0
     """Look at so many executors drawn at random and at those that cache the prompt; 0: at all. Spreads many
     gateways that see the same stale load; a full pass is cheap enough at 10,000."""

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from controlplane.scheduling.admission import DropReason, FairQueue, Waiting
 from controlplane.scheduling.types import Role
 from controlplane.twin.costs import CostProfile
 from controlplane.twin.executor import SimExecutor
@@ -23,17 +24,15 @@ from controlplane.twin.task import DECODE, PREFILL, UNIFIED, Task
 from controlplane.twin.workload import Workload
 
 HOLD_SECONDS = 30.0
-"""How long a request that every executor is too full for is held (RuntimeSettings.contended_seconds)."""
+"""How long a request that every executor is too full for waits (RuntimeSettings.contended_seconds)."""
 HANDOVER_SECONDS = 10.0
 """How long a finished prefill waits for a decode executor (RuntimeSettings.handover_seconds)."""
 MAX_HELD = 100_000
-"""Requests held at once; one more is rejected (ours)."""
+"""Requests that wait at once (ours)."""
+MAX_HELD_BYTES = 1 << 40  # the twin's requests have no bytes
 TICK_SECONDS = 1.0
 """Turn of the role controller and of the timeline (the issue's: it reads the view each second)."""
 
-REJECTED_TOO_LARGE = "rejected-too-large"
-REJECTED_QUEUE_FULL = "rejected-queue-full"
-REJECTED_TIMEOUT = "rejected-timeout"
 UNFINISHED = "unfinished"
 
 
@@ -91,8 +90,10 @@ class Cluster:
         *,
         horizon: float = float("inf"),
         tick_seconds: float = TICK_SECONDS,
+        max_wait: float = HOLD_SECONDS,
     ) -> None:
-        """`roles`: one executor each. `horizon`: simulated seconds after which nothing more is looked at."""
+        """`roles`: one executor each. `horizon`: simulated seconds after which nothing more is looked at.
+        `max_wait`: seconds that a request may wait for an executor with room."""
         profiles = [profile] * len(roles) if isinstance(profile, CostProfile) else list(profile)
         if len(profiles) != len(roles) or not roles:
             raise ValueError(f"{len(profiles)} profiles for {len(roles)} executors")
@@ -124,7 +125,10 @@ class Cluster:
         self._horizon = horizon
         self._events: list[tuple[float, int, SimExecutor | None, int, Callable[[float], None] | None]] = []
         self._sequence = 0
-        self._held: list[tuple[int, int, float]] = []  # heap: (-priority, request, since)
+        self._queue = FairQueue(MAX_HELD, MAX_HELD_BYTES)
+        self._since: dict[int, float] = {}  # request that waits -> since when
+        self._max_wait = max_wait
+        self._tenant: list[int] = workload.tenant.tolist()
         self._waiting_decode: deque[tuple[float, SimExecutor, Task]] = deque()  # since when
         self._left = count
         self._busy_before = 0.0
@@ -184,7 +188,7 @@ class Cluster:
             if progress is not None and count - self._left >= told + 1000:
                 told = count - self._left
                 progress(told, count)
-            if self._waiting_decode or self._held:
+            if self._waiting_decode or self._since:
                 self._retry()
         for request in range(count):
             if self.ended_at[request] != self.ended_at[request] and request not in self.reasons:
@@ -212,7 +216,7 @@ class Cluster:
         line.roles.append((counts[0], counts[1], counts[2]))
         line.busy.append((busy - self._busy_before) / (len(tes) * self._tick_seconds))
         line.kv.append(used / total)
-        line.held.append(len(self._held) + len(self._waiting_decode))
+        line.held.append(len(self._since) + len(self._waiting_decode))
         self._busy_before = busy
         self._expire(now)
         for number, role in self.policy.tick(now):
@@ -226,16 +230,21 @@ class Cluster:
 
     def _arrive(self, request: int, now: float) -> None:
         if not any(te.fits(self._prompt[request] + 1) for te in self.tes[:1]):
-            self._drop(request, REJECTED_TOO_LARGE)
-        elif self._must_wait(request) or not self._place(request, now):
-            if len(self._held) >= MAX_HELD:
-                self._drop(request, REJECTED_QUEUE_FULL)
+            self._drop(request, DropReason.REJECTED_TOO_LARGE)
+            return
+        item = Waiting(
+            str(request), str(self._tenant[request]), self._priority[request], self._prompt[request], 0,
+            number=request,
+        )  # fmt: skip
+        if (self._since and self._queue.before(item)) or not self._place(request, now):
+            pushed = self._queue.push(item)
+            if pushed.refused is not None:
+                self._drop(request, pushed.refused)
             else:
-                heapq.heappush(self._held, (-self._priority[request], request, now))
-
-    def _must_wait(self, request: int) -> bool:
-        """Somebody of its priority or a higher one waits already."""
-        return bool(self._held) and -self._held[0][0] >= self._priority[request]
+                self._since[request] = now
+            for gone, why in pushed.evicted:
+                del self._since[int(gone.key)]
+                self._drop(int(gone.key), why)
 
     def _place(self, request: int, now: float) -> bool:
         self.decisions += 1
@@ -247,6 +256,8 @@ class Cluster:
         kind = PREFILL if split else UNIFIED
         task = Task(request, kind, prompt, output, self._priority[request], self.units(request))
         self.split[request] = split
+        uncached = prompt - self.tes[place.te].matched(task.units) if task.units else prompt
+        self._queue.charge(str(self._tenant[request]), self._priority[request], max(uncached, 1))
         self._submit(place.te, task, now)
         return True
 
@@ -257,17 +268,21 @@ class Cluster:
         self.tes[number].submit(task, now)
 
     def _retry(self) -> None:
-        """Tries what is held, by priority and arrival as the job executor does, until one finds no place."""
+        """Tries what waits, in the order of the job executor's queue, until one finds no place."""
         now = self.now
         while self._waiting_decode:
             _, te, task = self._waiting_decode[0]
             if not self._place_decode(te, task, now):
                 break
             self._waiting_decode.popleft()
-        while self._held:
-            if not self._place(self._held[0][1], now):
+        while (head := self._queue.head()) is not None:
+            request = int(head.key)
+            if now - self._since[request] > self._max_wait:
+                self._drop(request, DropReason.EVICTED_TIMEOUT)
+            elif not self._place(request, now):
                 break
-            heapq.heappop(self._held)
+            self._queue.remove(head.key)
+            del self._since[request]
 
     def _expire(self, now: float) -> None:
         """Rejects what nobody had room for in all its time; hand-overs without a taker go on unified."""
@@ -276,12 +291,10 @@ class Cluster:
             waiting and now - waiting[0][0] > HANDOVER_SECONDS and self._go_on_unified(*waiting[0][1:], now)
         ):
             waiting.popleft()
-        late = [request for _, request, since in self._held if now - since > HOLD_SECONDS]
-        if late:
-            self._held = [entry for entry in self._held if now - entry[2] <= HOLD_SECONDS]
-            heapq.heapify(self._held)
-            for request in late:
-                self._drop(request, REJECTED_TIMEOUT)
+        for request in [r for r, since in self._since.items() if now - since > self._max_wait]:
+            self._queue.remove(str(request))
+            del self._since[request]
+            self._drop(request, DropReason.EVICTED_TIMEOUT)
 
     def _drop(self, request: int, reason: str) -> None:
         self.reasons[request] = reason

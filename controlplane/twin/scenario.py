@@ -18,7 +18,7 @@ from controlplane.twin.baselines import (
     StaticSplit,
     split_roles,
 )
-from controlplane.twin.cluster import Cluster, Placing
+from controlplane.twin.cluster import HOLD_SECONDS, Cluster, Placing
 from controlplane.twin.costs import CostProfile
 from controlplane.twin.ours import Ours
 from controlplane.twin.results import Slo, Summary, summarize
@@ -52,14 +52,23 @@ class UnknownPolicy(ValueError):
     """No policy of that name; says which there are."""
 
 
-def make_policy(name: str, seed: int, slo: Slo | None = None, heat_map: HeatMap | None = None) -> Placing:
+def make_policy(
+    name: str,
+    seed: int,
+    *,
+    slo: Slo | None = None,
+    heat_map: HeatMap | None = None,
+    hold_seconds: float = 0.0,
+    hold_step_seconds: float = 0.0,
+) -> Placing:
     """Ours moves roles to keep the SLO."""
     if name == OURS:
         aim = slo or DEFAULT_SLO
         roles = RolePolicy(
             prefill_target_seconds=QUEUE_SHARE * aim.ttft, step_target_seconds=STEP_SHARE * aim.tpot
         )
-        return Ours(Policy(heat_map=heat_map), seed, roles=roles)
+        policy = Policy(heat_map=heat_map, hold_seconds=hold_seconds, hold_step_seconds=hold_step_seconds)
+        return Ours(policy, seed, roles=roles)
     try:
         return _MAKERS[name](seed)
     except KeyError:
@@ -84,13 +93,20 @@ def simulate(
     prefill_share: float | None = None,
     slo: Slo | None = None,
     heat_map: HeatMap | None = None,
+    hold_seconds: float = 0.0,
+    hold_step_seconds: float = 0.0,
+    max_wait: float = HOLD_SECONDS,
     horizon: float = float("inf"),
     progress: Callable[[int, int], None] | None = None,
 ) -> Cluster:
     """One run to its end (or `horizon`, simulated seconds). Raises UnknownPolicy, ValueError for impossible
     roles."""
     roles = roles_for(policy, executors, prefill_share)
-    cluster = Cluster(load, roles, profile, make_policy(policy, seed, slo, heat_map), horizon=horizon)
+    made = make_policy(
+        policy, seed, slo=slo, heat_map=heat_map, hold_seconds=hold_seconds,
+        hold_step_seconds=hold_step_seconds,
+    )  # fmt: skip
+    cluster = Cluster(load, roles, profile, made, horizon=horizon, max_wait=max_wait)
     cluster.run(progress)
     return cluster
 

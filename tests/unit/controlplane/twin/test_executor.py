@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from controlplane.scheduling.admission import DropReason
 from controlplane.scheduling.types import Role
 from controlplane.twin.baselines import LeastRequests, StaticSplit, split_roles
-from controlplane.twin.cluster import REJECTED_TIMEOUT, Cluster, Place
+from controlplane.twin.cluster import Cluster, Place
 from controlplane.twin.costs import CostProfile
 from controlplane.twin.results import tpot, ttft
 from controlplane.twin.workload import Workload, build
@@ -208,7 +209,7 @@ def test_what_waits_goes_by_priority_and_ends_with_a_reason() -> None:
     late.open = 1e9
     twin = Cluster(load, [Role.COLOCATED], profile(), late)
     twin.run()
-    assert set(twin.reasons.values()) == {REJECTED_TIMEOUT}
+    assert set(twin.reasons.values()) == {DropReason.EVICTED_TIMEOUT}
     soon = Full()
     soon.open = 1.5
     twin = Cluster(load, [Role.COLOCATED], profile(max_running=1, max_batch_tokens=512), soon)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from controlplane.scheduling.admission import DropReason
 from controlplane.scheduling.types import Role
 from controlplane.twin import plots
-from controlplane.twin.cluster import REJECTED_TOO_LARGE
 from controlplane.twin.costs import ProfileError, roofline_profile
 from controlplane.twin.heatmap import fill, read, save
 from controlplane.twin.results import Slo, jain, paired_ratio, summarize
@@ -57,8 +57,8 @@ def test_equal_seeds_give_equal_runs() -> None:
 def test_what_can_never_fit_is_dropped_with_its_reason() -> None:
     work = build("x", [0.0, 0.1], [500, 10_000_000], [5, 5])
     cluster = simulate(work, PROFILE, "round-robin", 2)
-    assert cluster.reasons == {1: REJECTED_TOO_LARGE}
-    assert summarize(cluster, Slo(1, 1)).reasons == {REJECTED_TOO_LARGE: 1}
+    assert cluster.reasons == {1: DropReason.REJECTED_TOO_LARGE}
+    assert summarize(cluster, Slo(1, 1)).reasons == {DropReason.REJECTED_TOO_LARGE: 1}
 
 
 def test_overload_holds_and_rejects_but_loses_nothing() -> None:
