@@ -29,6 +29,7 @@ class TransferErrorCode(enum.IntEnum):
     INTERNAL = pb.TRANSFER_ERROR_CODE_INTERNAL
     BUSY = pb.TRANSFER_ERROR_CODE_BUSY
     STALE_POOL = pb.TRANSFER_ERROR_CODE_STALE_POOL
+    NOT_CACHED = pb.TRANSFER_ERROR_CODE_NOT_CACHED
 
 
 class TransferError(Exception):
@@ -64,6 +65,7 @@ _STATUS = {
     TransferErrorCode.CHECKSUM: grpc.StatusCode.DATA_LOSS,
     TransferErrorCode.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
     TransferErrorCode.INTERNAL: grpc.StatusCode.INTERNAL,
+    TransferErrorCode.NOT_CACHED: grpc.StatusCode.NOT_FOUND,
     TransferErrorCode.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 

@@ -41,6 +41,15 @@ FALLBACKS = Counter(
     "Transports a peer offered that could not be opened, so that a slower one is used.",
     ("transport", "reason"),
 )
+PREFIX_FETCHES = Counter(
+    "deepflow_kv_prefix_fetches_total",
+    "Prefixes asked for at other executors' caches, by outcome (ok, cancelled, or an error code).",
+    ("outcome",),
+)
+PREFIXES_LENT = Counter("deepflow_kv_prefixes_lent_total", "Cached prefixes put on offer to other executors.")
+RATE = Gauge(
+    "deepflow_kv_rate_bytes_per_second", "Rate of this receiver's copies, as last measured.", ("transport",)
+)
 PEERS = Gauge("deepflow_kv_peers", "Peers with a cached channel (and mapping) at this receiver.")
 
 ACTIVE_LEASES = Gauge("deepflow_kv_active_leases", "Transfers on offer at this sender that have not ended.")

@@ -97,6 +97,12 @@ class Peer:
         return self._transport
 
     @property
+    def transport_name(self) -> str | None:
+        """Of the one chosen in the last handshake; None before one. Any thread."""
+        transport = self._transport
+        return transport.name if transport is not None else None
+
+    @property
     def reshaper(self) -> Reshaper | None:
         """What brings the peer's pages into this pool's layout; None where they are equal."""
         return self._reshaper
@@ -199,6 +205,11 @@ class PeerCache:
 
     def __len__(self) -> int:
         return len(self._peers)
+
+    def transport_of(self, key: tuple[str, str, str]) -> str | None:
+        """By (te_id, incarnation, address), as of the last handshake; None before one. Any thread."""
+        peer = self._peers.get(key)
+        return peer.transport_name if peer is not None else None
 
     @contextlib.asynccontextmanager
     async def borrow(self, address: str, te_id: str, incarnation: str) -> AsyncIterator[Peer]:

@@ -26,8 +26,10 @@ from kvtransfer import metrics
 from kvtransfer.auth import call_metadata
 from kvtransfer.budget import ByteBudget
 from kvtransfer.errors import TransferError, TransferErrorCode, code_of, error_of
+from kvtransfer.layout import KVLayout
 from kvtransfer.peers import MAX_PEERS, LocalEnd, Peer, PeerCache
 from kvtransfer.pool import BlockStore
+from kvtransfer.rates import TransportRates
 from kvtransfer.reshape import Reshaper, Targets
 from kvtransfer.runs import Run, align, blocks_of
 from kvtransfer.sender import DEFAULT_LEASE_SECONDS
@@ -70,6 +72,7 @@ class PullResult:
     transport: str  # name of kvtransfer.transports.choice
     seconds: float
     payload: Payload = b""
+    copy_seconds: float = 0.0  # of `seconds`
 
 
 @dataclass(slots=True)
@@ -140,11 +143,20 @@ class Receiver:
         self._workers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
         self._streams = ThreadPoolExecutor(STREAM_THREADS, thread_name_prefix="kv-stream-in")
         self._closed = False
+        self.rates = TransportRates()
 
     @property
     def active(self) -> int:
         """Pulls in progress, waiting ones included."""
         return len(self._pulls)
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of the attached pool. Raises TransferError without one. Any thread."""
+        store = self._store
+        if store is None:
+            raise TransferError(TransferErrorCode.INTERNAL, "this receiver has no pool")
+        return store.layout
 
     def attach_store(self, store: BlockStore) -> None:
         if self._store is not None:
@@ -223,6 +235,36 @@ class Receiver:
             raise TransferError(TransferErrorCode.ABORTED, "this receiver's pool was detached")
         return task.result()
 
+    async def open_prefix(
+        self, address: str, te_id: str, incarnation: str, identities: Sequence[bytes], deadline: float
+    ) -> tuple[str, int]:
+        """Has the peer put its cached blocks of `identities` on offer: (transfer id, how many of them).
+
+        Raises TransferError. A transfer that is not pulled then ends with its lease.
+        """
+        store = self._store
+        if store is None or self._closed:
+            raise TransferError(TransferErrorCode.INTERNAL, "this receiver has no pool")
+        request = pb.OpenPrefixRequest(identities=identities, layout=store.layout.digest())
+        async with self._peers.borrow(address, te_id, incarnation) as peer:
+            try:
+                left = min(self._peer_timeout, max(0.0, deadline - self._clock()))
+                await peer.connect(self._local_end(store, 0), left)
+                left = min(self._peer_timeout, max(0.0, deadline - self._clock()))
+                answer = await peer.stub.OpenPrefix(request, metadata=self._metadata, timeout=left)
+            except grpc.aio.AioRpcError as rpc:
+                error = error_of(rpc, f"prefix at {peer}")
+                if error.code is TransferErrorCode.PEER_LOST:
+                    await self._peers.drop(peer)
+                raise error from rpc
+        if not 0 < answer.blocks <= len(identities):
+            raise TransferError(TransferErrorCode.INTERNAL, f"{answer.blocks} blocks of {len(identities)}")
+        return answer.transfer_id, answer.blocks
+
+    def transport_to(self, address: str, te_id: str, incarnation: str) -> str | None:
+        """The transport of the last handshake with that peer; None before one. Any thread."""
+        return self._peers.transport_of((te_id, incarnation, address))
+
     async def _pull(
         self, address: str, te_id: str, incarnation: str, store: BlockStore, pull: _Pull
     ) -> PullResult:
@@ -251,7 +293,8 @@ class Receiver:
         metrics.SECONDS.labels(pull.transport).observe(seconds)
         metrics.COPY_SECONDS.labels(pull.transport).observe(pull.copy_seconds)
         metrics.MOVES.labels(pull.transport).observe(pull.moves)
-        return PullResult(pull.bytes, pull.moves, pull.transport, seconds, pull.payload)
+        self.rates.copied(pull.transport, pull.bytes, pull.copy_seconds)
+        return PullResult(pull.bytes, pull.moves, pull.transport, seconds, pull.payload, pull.copy_seconds)
 
     # -- one pull -----------------------------------------------------------------------------
 

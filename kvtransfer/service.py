@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,10 +39,16 @@ MAX_READS = 8
 MAX_WAITING_READS = 64
 MAX_WATCHES = 2048
 """Twice the bound of transfers: one each, and one that reconnects before the old one is noticed gone."""
+MAX_PREFIX_BLOCKS = 1 << 16
+"""Blocks that one prefix may have (ours): a million tokens at 16 a block."""
+IDENTITY_BYTES = 16
 MAX_REAP_SECONDS = 1.0
 """Leases are looked at ten times a lease, at least this often."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Lend = Callable[[Sequence[bytes]], tuple[str, int]]
+"""Opens a transfer of the first cached blocks of some identities: its id and their number. Called on a worker
+thread, must not wait for a step. Raises TransferError (NOT_CACHED, BUSY)."""
 
 
 class KVTransferService:
@@ -62,7 +68,9 @@ class KVTransferService:
         max_reads: int = MAX_READS,
         max_watches: int = MAX_WATCHES,
         watch_grace: float = WATCH_GRACE_SECONDS,
+        lend: Lend | None = None,
     ) -> None:
+        """`lend` opens transfers of what is cached; without it nothing is lent."""
         self.sender = sender
         self._shm_dir = shm_dir
         self._host_identity = ""
@@ -81,6 +89,7 @@ class KVTransferService:
         self._watches = 0
         self._max_watches = max_watches
         self._watch_grace = watch_grace
+        self._lend = lend
         self._reaper: asyncio.Task[None] | None = None
 
     # -- life ---------------------------------------------------------------------------------
@@ -101,6 +110,7 @@ class KVTransferService:
                         "Handshake": unary(self.handshake, pb.HandshakeRequest, pb.HandshakeResponse),
                         "Renew": unary(self.renew, pb.RenewRequest, pb.RenewResponse),
                         "Finish": unary(self.finish, pb.FinishRequest, pb.FinishResponse),
+                        "OpenPrefix": unary(self.open_prefix, pb.OpenPrefixRequest, pb.OpenPrefixResponse),
                         "Watch": grpc.unary_stream_rpc_method_handler(
                             self.watch,
                             request_deserializer=pb.WatchRequest.FromString,
@@ -304,6 +314,33 @@ class KVTransferService:
         except TransferError as error:
             await _abort(context, error)
         return pb.FinishResponse(first=first)
+
+    async def open_prefix(self, request: pb.OpenPrefixRequest, context: Context) -> pb.OpenPrefixResponse:
+        identities = request.identities
+        if not 0 < len(identities) <= MAX_PREFIX_BLOCKS or any(len(i) != IDENTITY_BYTES for i in identities):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "identities of 16 bytes each")
+        store = self.sender.store
+        try:
+            if store is None or self._lend is None:
+                raise TransferError(TransferErrorCode.NOT_CACHED, "nothing is lent here")
+            if request.layout != store.layout.digest():
+                raise TransferError(
+                    TransferErrorCode.LAYOUT_MISMATCH, "cached blocks are lent to equal layouts only"
+                )
+            opening = asyncio.ensure_future(asyncio.to_thread(self._lend, list(identities)))
+            try:
+                transfer_id, blocks = await asyncio.shield(opening)
+            except asyncio.CancelledError:  # nobody hears of the transfer: it must not wait for its lease
+                opening.add_done_callback(self._take_back)
+                raise
+        except TransferError as error:
+            await _abort(context, error)
+        metrics.PREFIXES_LENT.inc()
+        return pb.OpenPrefixResponse(transfer_id=transfer_id, blocks=blocks)
+
+    def _take_back(self, opening: asyncio.Future[tuple[str, int]]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.sender.withdraw(opening.result()[0], "the receiver went away")
 
 
 async def _abort(context: Context, error: TransferError) -> NoReturn:

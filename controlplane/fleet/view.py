@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deepflow.v1.worker_pb2 import ExecutorRecord, StepEvent, SubmitTask, Welcome
+from deepflow.v1.worker_pb2 import ExecutorRecord, PrefixSource, StepEvent, SubmitTask, Welcome
 from redis.asyncio import Redis
 
 from controlplane.fleet import metrics
@@ -119,6 +119,24 @@ class FleetView:
 
     def cached_blocks(self, hashes: Sequence[bytes]) -> Matches:
         return self.prefixes.match(hashes)
+
+    def prefix_source(self, hashes: Sequence[bytes], block_tokens: int, te_id: str) -> PrefixSource | None:
+        """The executor that holds most leading blocks of a prompt, if that is more than what `te_id` does.
+
+        Only one whose stream is up: the others may be gone.
+        """
+        found = self.prefixes.match(hashes)
+        for other, blocks in found.beyond(found.get(te_id, 0)):
+            member = self._members.get(other)
+            if member is not None and member.serves:
+                record = member.record
+                return PrefixSource(
+                    te_id=record.te_id,
+                    incarnation=record.incarnation,
+                    address=record.address,
+                    tokens=blocks * block_tokens,
+                )
+        return None
 
     def link(self, te_id: str) -> Link:
         member = self._members.get(te_id)

@@ -58,7 +58,7 @@ class Placer:
             if isinstance(decision, Unplaceable):
                 return self._why(choice, view, decision.reason, missed)
             try:
-                self._submit(choice, decision, decoding=decoding)
+                self._submit(choice, decision, decoding=decoding, block_tokens=view.views[0].block_tokens)
             except LinkUnavailable:
                 missed.add(decision.te_id)
                 continue
@@ -142,7 +142,13 @@ class Placer:
         return int.from_bytes(hashes[0][:8], "little") if hashes else None
 
     def _submit(
-        self, choice: Choice, decision: Decision, *, decoding: bool, early: KVSource | None = None
+        self,
+        choice: Choice,
+        decision: Decision,
+        *,
+        decoding: bool,
+        early: KVSource | None = None,
+        block_tokens: int = 0,
     ) -> None:
         if decoding:
             kind = common_pb2.TASK_KIND_DECODE
@@ -178,6 +184,10 @@ class Placer:
             assert choice.offer is not None
             task.kv_source.CopyFrom(choice.offer.source)
             task.processor_state = choice.offer.processor_state
+        elif block_tokens and len(self._fleet.prefixes):
+            source = self._fleet.prefix_source(job.hashes(block_tokens), block_tokens, decision.te_id)
+            if source is not None:
+                task.prefix_source.CopyFrom(source)
         tokens = len(request.prompt) + len(choice.output)
         uncached = 0 if decoding else max(0, tokens - decision.cached_tokens)
         self._fleet.submit(decision.te_id, decision.incarnation, task, choice, uncached_tokens=uncached)

@@ -63,6 +63,13 @@ class Matches(Mapping[str, int]):
     def __len__(self) -> int:
         return sum(mask.bit_count() for mask, _ in self._runs)
 
+    def beyond(self, length: int) -> Iterator[tuple[str, int]]:
+        """Executors with more than `length`, the longest first: none of the others is looked at."""
+        for mask, found in sorted(self._runs, key=lambda run: -run[1]):
+            if found <= length:
+                return
+            yield from ((te_id, found) for te_id, slot in self.slots if mask >> slot & 1)
+
 
 class PrefixIndex:
     """Bounded: beyond `max_blocks` the identities announced longest ago are forgotten (never wrong, only

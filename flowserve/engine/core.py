@@ -19,6 +19,7 @@ from flowserve.engine import metrics
 from flowserve.engine.admission import context_limit
 from flowserve.engine.budget import CostModel, StepShape
 from flowserve.engine.config import EngineConfig
+from flowserve.engine.prefixes import Prefixes
 from flowserve.engine.scheduler import Plan, Scheduler, Work
 from flowserve.engine.sequence import Sequence, SequenceProcessor, State
 from flowserve.engine.transfers import HandoverFailed, TransferLedger, continue_after
@@ -29,6 +30,7 @@ from flowserve.engine.types import (
     Handover,
     KVEvents,
     KVHandover,
+    PrefixExchange,
     TaskDelta,
     TaskError,
     TaskKind,
@@ -65,6 +67,7 @@ class EngineCore:
         wake: Callable[[], None],
         *,
         make_processor: Callable[[EngineTask], SequenceProcessor | None] = lambda task: None,
+        exchange: PrefixExchange | None = None,
     ) -> None:
         """`wake` may be called from any thread when something that the core waits for is there.
 
@@ -76,6 +79,7 @@ class EngineCore:
         self.costs = CostModel()
         self.scheduler = Scheduler(cache, config, self.costs)
         self.ledger = TransferLedger(handover, cache.block_tokens, self._stage)
+        self.prefixes = Prefixes(cache, self.costs, config, exchange, wake)
         self.sequences: dict[Key, Sequence] = {}
         self.prefill_rate = 0.0  # tokens per second, EWMA
         self.decode_seconds = 0.0  # per step, EWMA
@@ -132,6 +136,8 @@ class EngineCore:
 
     def release_transfer(self, transfer_id: str, outcome: str) -> None:
         """The offer's one terminal event. Its blocks are free, or stay as reusable prefix."""
+        if self.prefixes.release(transfer_id):
+            return
         offer = self.ledger.release(transfer_id)
         if offer is None:
             log.warning("transfer %s was released twice (%s)", transfer_id, outcome)
@@ -160,6 +166,9 @@ class EngineCore:
         for sequence, match in plan.populates:
             if sequence.state is State.POPULATING:
                 sequence.ticket = self.cache.populate(match, sequence.blocks, self._wake)
+        for sequence in plan.admitted:
+            if sequence.state is State.RUNNING:
+                self.prefixes.fetch(sequence)
         plan.work = [work for work in plan.work if work.sequence.state is State.RUNNING]
         return plan
 
@@ -200,6 +209,7 @@ class EngineCore:
             self.end(sequence, FinishReason.ERROR, now, error=error)
         for offer in self.ledger.offers.values():
             self.ledger.withdraw(offer, message)
+        self.prefixes.withdraw_all(message)
 
     def end(
         self,
@@ -219,6 +229,7 @@ class EngineCore:
             self.ledger.cancel_pull(sequence)
         if sequence.ticket is not None:
             self.cache.abandon_populate(sequence.ticket)
+            self.prefixes.forget(sequence.ticket)
         withdraw = None if handover else (error.message if error else reason or f"ended: {finish.value}")
         if not self.ledger.leave(sequence, withdraw):
             self.cache.free(sequence.blocks)
@@ -282,6 +293,7 @@ class EngineCore:
         for sequence in self.sequences.values():
             yield from sequence.blocks
         yield from self.ledger.held_blocks()
+        yield from self.prefixes.held_blocks()
 
     def _poll_populations(self, now: float) -> None:
         for sequence in list(self.scheduler.running):
@@ -290,10 +302,15 @@ class EngineCore:
             state = self.cache.query_populate(sequence.ticket)
             if state is PopulateState.PENDING:
                 continue
-            sequence.ticket = None
+            ticket, sequence.ticket = sequence.ticket, None
             sequence.last_progress = now
-            if state is PopulateState.DONE:
+            if self.prefixes.fetches(ticket):
+                blocks = self.prefixes.take_in(sequence, ticket)
+                metrics.PREFIX_HIT_TOKENS.inc(blocks * self.cache.block_tokens)
                 sequence.state = State.RUNNING
+            elif state is PopulateState.DONE:
+                sequence.state = State.RUNNING
+                self.prefixes.fetch(sequence)
             else:
                 log.warning("populating %s failed; what is missing is computed", sequence.key)
                 if not sequence.reported:

@@ -11,12 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from functools import partial
 
 from flowserve.engine import metrics
 from flowserve.engine.admission import check_task
 from flowserve.engine.config import EngineConfig
 from flowserve.engine.core import AuditResult, EngineCore, Key
+from flowserve.engine.prefixes import NotCached
 from flowserve.engine.scheduler import Plan
 from flowserve.engine.sequence import Sequence, SequenceProcessor, State
 from flowserve.engine.transfers import transfer_id_of
@@ -26,6 +28,7 @@ from flowserve.engine.types import (
     KVEvents,
     KVHandover,
     LoadReport,
+    PrefixExchange,
     Role,
     StepEvent,
     TaskError,
@@ -65,10 +68,12 @@ class Engine:
         *,
         handover: KVHandover | None,
         on_event: Callable[[StepEvent], None],
+        exchange: PrefixExchange | None = None,
         processor_factory: ProcessorFactory = restored_processor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_event` runs on the engine's thread and must not block. `handover` None: unified tasks only.
+        """`on_event` runs on the engine's thread and must not block. `handover` None: unified tasks only;
+        `exchange` None: prefixes are neither lent nor fetched.
 
         `processor_factory` makes a task's logit processor (restored from `task.processor_state`); it runs
         in `submit`, and raises ValueError for a state it cannot read.
@@ -79,7 +84,13 @@ class Engine:
         self._processor_factory = processor_factory
         self._clock = clock
         self._core = EngineCore(
-            executor.info, cache, config, handover, self.wake, make_processor=processor_factory
+            executor.info,
+            cache,
+            config,
+            handover,
+            self.wake,
+            make_processor=processor_factory,
+            exchange=exchange,
         )
         self._cache = cache
         self._state = threading.RLock()  # the core and the cache; never held while a batch executes
@@ -182,6 +193,16 @@ class Engine:
     def release_transfer(self, transfer_id: str, outcome: str) -> None:
         """The one answer to `KVHandover.offer`: no peer reads the blocks any more."""
         self._command(partial(self._core.release_transfer, transfer_id, outcome))
+
+    def lend(self, identities: Seq[bytes]) -> tuple[str, int]:
+        """Puts what is cached of a prefix on offer: (transfer id, blocks), see `Prefixes.lend` for errors.
+
+        Waits for the bookkeeping of a step, not for its batch.
+        """
+        with self._state:
+            if self._finished or self._stopping:
+                raise NotCached("the engine is stopping")
+            return self._core.prefixes.lend(identities)
 
     def set_role(self, role: Role) -> None:
         """Changes what the next step prefers. Any kind is still accepted."""
@@ -401,7 +422,7 @@ class Engine:
             kv_blocks_cached=cache.idle_blocks,
             prefill_tokens_per_second=core.prefill_rate,
             decode_step_seconds=core.decode_seconds,
-            transfers_out=len(core.ledger.offers),
+            transfers_out=len(core.ledger.offers) + core.prefixes.lends,
             transfers_in=len(core.ledger.pulls),
         )
         metrics.RUNNING.set(report.running)

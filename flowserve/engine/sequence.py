@@ -47,6 +47,7 @@ class Sequence:
         "cached_tokens",
         "committed",
         "computed",
+        "fetched",
         "first_scheduled",
         "identities",
         "key",
@@ -89,6 +90,7 @@ class Sequence:
         self.announced = 0
         self.transfer_id: str | None = None
         self.ticket: int | None = None
+        self.fetched = False  # another executor's cache was asked, or was not worth it
         self.wants_prompt_logprobs = task.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.cached_tokens: int | None = None  # set at admission, once

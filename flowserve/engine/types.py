@@ -7,7 +7,7 @@ a protobuf message or a socket. Tokens are ids only: text stays in the gateway.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -95,6 +95,16 @@ class KVSource:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """An executor said to hold the KV of a prompt's first `tokens` tokens."""
+
+    te_id: str
+    incarnation: str
+    address: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineTask:
     """One unit of work. `prompt` and `output` are token ids; `output` was delivered by earlier attempts.
 
@@ -122,6 +132,7 @@ class EngineTask:
     traceparent: str = ""
     tell_start: bool = False  # prefill: a delta with the handover's transfer when it starts
     early: bool = False
+    prefix_source: PrefixSource | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -257,4 +268,40 @@ class KVHandover(Protocol):
 
     def cancel_pull(self, task_id: str, attempt: int) -> None:
         """Stop writing. `Engine.pull_done` still follows once nothing can write any more (quarantine)."""
+        ...
+
+
+class PrefixExchange(Protocol):
+    """What the engine asks of the side that moves prefixes between caches. Must not block."""
+
+    def lend(self, transfer_id: str, blocks: Sequence[int], tokens: int) -> None:
+        """Puts cached blocks on offer, complete. `Engine.release_transfer` follows, once. Raises for one
+        that cannot be: then nothing follows."""
+        ...
+
+    def withdraw(self, transfer_id: str, reason: str) -> None:
+        """Ends what was lent; `release_transfer` still follows."""
+        ...
+
+    def fetch_seconds(self, source: PrefixSource, blocks: int) -> float:
+        """Expected time of fetching so many blocks; infinite where none can be fetched now."""
+        ...
+
+    def fetch_declined(self, source: PrefixSource) -> None:
+        """They are computed instead, because of `fetch_seconds`."""
+        ...
+
+    def start_fetch(
+        self,
+        source: PrefixSource,
+        identities: Sequence[bytes],
+        blocks: Sequence[int],
+        seconds: float,
+        done: Callable[[int], None],
+    ) -> Callable[[], None]:
+        """Fills `blocks` from a peer's cache within `seconds`; returns what stops it.
+
+        `done` is called once, on any thread, when nothing writes any more: with the number of blocks in
+        place, from the first on; 0 = failed.
+        """
         ...

@@ -22,14 +22,16 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
+from flowserve.rtc import metrics
 from flowserve.rtc.disk import FLUSH_SECONDS, DiskTier
 from flowserve.rtc.events import CacheChanges, ChangeLog
 from flowserve.rtc.index import ContextIndex, PrefixIndex
 from flowserve.rtc.pagefile import Page
 from flowserve.rtc.placement import RUN_PRICE, Placement
-from flowserve.rtc.populate import Populations
+from flowserve.rtc.populate import Population, Populations, Written
 from flowserve.rtc.staging import Stager
 from flowserve.rtc.tiers import Stored, Tiers
 from kvtransfer.blockhash import block_hashes, chain_seed
@@ -306,6 +308,31 @@ class RTC:
         return self._populations.copy(
             [identity for identity, _, _ in missing], blocks, [page for _, _, page in missing], notify
         )
+
+    def populate_from_peer(
+        self,
+        identities: Sequence[bytes],
+        blocks: Sequence[int],
+        start: Callable[[Callable[[int], None]], Callable[[], None]],
+        notify: Callable[[], None],
+    ) -> int:
+        """As `populate`, where somebody else writes: `start` begins it and returns what stops it.
+
+        What it is given is to be called once, from any thread, when nothing writes the blocks any more: with
+        the number of blocks that are in place, from the first on. What `start` raises is passed on, and
+        nothing is held then. `query_populate` commits what came.
+        """
+        future: Future[Written] = Future()
+
+        def done(count: int) -> None:
+            future.set_result(Written(count))
+            metrics.POPULATED.labels("peer").inc(count)
+            notify()
+
+        stop = start(done)
+        for block in blocks:
+            self._refer(block)
+        return self._populations.add(Population(list(blocks), list(identities), future, stop))
 
     def populate_seconds(self, match: PrefixMatch) -> float:
         """What populating the match is expected to take, from what it took before."""

@@ -36,8 +36,12 @@ class Population:
     blocks: list[int]
     identities: list[bytes]
     future: Future[Written]
-    local: bool
+    stop: Callable[[], object] | None = None  # of one that somebody else writes
     abandoned: bool = False
+
+    @property
+    def local(self) -> bool:
+        return self.stop is None
 
     def outcome(self) -> Written:
         """Once the future is done."""
@@ -71,7 +75,7 @@ class Populations:
         if self._copier is None:
             self._copier = ThreadPoolExecutor(1, thread_name_prefix="rtc-populate")
         future = self._copier.submit(self._write, list(zip(blocks, pages, strict=True)))
-        ticket = self.add(Population(blocks, identities, future, local=True))
+        ticket = self.add(Population(blocks, identities, future))
         future.add_done_callback(lambda _: notify())
         return ticket
 
@@ -90,8 +94,10 @@ class Populations:
         population = self._under_way.get(ticket)
         if population is not None:
             population.abandoned = True
-            if population.local:  # a peer's bytes may be under way: whoever writes them says when no more are
+            if population.stop is None:
                 population.future.cancel()
+            else:  # bytes may be under way: who writes them says when no more are
+                population.stop()
 
     def abandoned(self) -> list[int]:
         return [ticket for ticket, population in self._under_way.items() if population.abandoned]

@@ -22,6 +22,7 @@ from flowserve.engine.types import (
     KVEvents,
     KVSource,
     LoadReport,
+    PrefixSource,
     Role,
     SamplingParams,
     TaskDelta,
@@ -116,6 +117,7 @@ def task_of(message: pb.SubmitTask, owner: str, now: float) -> EngineTask:
         traceparent=message.traceparent,
         tell_start=message.tell_start,
         early=message.early,
+        prefix_source=prefix_of(message.prefix_source) if message.HasField("prefix_source") else None,
     )
 
 
@@ -135,6 +137,14 @@ def source_of(message: cpb.KVSource) -> KVSource:
         if not 0 < len(value) <= 2 * MAX_ID_CHARS:
             raise InvalidTask(f"kv_source.{name} must have 1 to {2 * MAX_ID_CHARS} characters")
     return KVSource(message.transfer_id, message.te_id, message.incarnation, message.address)
+
+
+def prefix_of(message: pb.PrefixSource) -> PrefixSource:
+    """Raises InvalidTask."""
+    for name in ("te_id", "incarnation", "address"):
+        if not 0 < len(getattr(message, name)) <= 2 * MAX_ID_CHARS:
+            raise InvalidTask(f"prefix_source.{name} must have 1 to {2 * MAX_ID_CHARS} characters")
+    return PrefixSource(message.te_id, message.incarnation, message.address, message.tokens)
 
 
 def sampling_of(message: cpb.SamplingParams) -> SamplingParams:

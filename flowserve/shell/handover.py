@@ -1,28 +1,35 @@
-"""The bridge between the engine's thread and kvtransfer: offers go out, pulls come in.
+"""The bridge between the engine's thread and kvtransfer: offers go out, pulls and prefixes come in.
 
-Offers go straight to the sender, whose registry is thread-safe. Pulls run on the event loop, each a
-task of `run`'s TaskGroup; whatever happens to one, and however early it is cancelled, the engine
+Offers go straight to the sender, whose registry is thread-safe. Pulls and fetches run on the event loop,
+each a task of `run`'s TaskGroup; whatever happens to one, and however early it is cancelled, the engine
 hears of its end exactly once, and only when nothing writes its blocks any more (quarantine).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from flowserve.engine.types import EngineTask, ErrorCode, PullRequest, TaskError
+from flowserve.engine.types import EngineTask, ErrorCode, PrefixSource, PullRequest, TaskError
 from flowserve.shell import metrics
 from kvtransfer.errors import TransferError, TransferErrorCode
 
 if TYPE_CHECKING:
+    from kvtransfer.prefixes import Fetched
     from kvtransfer.receiver import PullResult
     from kvtransfer.sender import Sender
 
 log = logging.getLogger(__name__)
 
 Key = tuple[str, int]
+
+MAX_FETCHES = 8
+"""Prefixes fetched at once (ours): more would only share the same memory and network; others are computed."""
 
 
 class Puller(Protocol):
@@ -42,6 +49,22 @@ class Puller(Protocol):
     ) -> PullResult: ...
 
 
+class Fetcher(Protocol):
+    """What is asked of `kvtransfer.prefixes.PrefixFetcher`."""
+
+    def expected_seconds(self, peer: tuple[str, str, str], blocks: int) -> float: ...
+
+    def declined(self, peer: tuple[str, str, str]) -> None: ...
+
+    async def fetch(
+        self,
+        peer: tuple[str, str, str],
+        identities: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline: float,
+    ) -> Fetched: ...
+
+
 class TransferAnswers(Protocol):
     """What is told to `flowserve.engine.engine.Engine`."""
 
@@ -53,17 +76,27 @@ class TransferAnswers(Protocol):
 
 
 class Handover:
-    """Implements `flowserve.engine.types.KVHandover`."""
+    """Implements `KVHandover` and `PrefixExchange` of `flowserve.engine.types`."""
 
-    def __init__(self, sender: Callable[[], Sender], puller: Puller) -> None:
-        """`sender` is asked at each call: sender and handover know each other."""
+    def __init__(
+        self,
+        sender: Callable[[], Sender],
+        puller: Puller,
+        fetcher: Fetcher | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`sender` is asked at each call: sender and handover know each other. `fetcher` None: no prefix is
+        fetched. `clock` is the receiver's."""
         self._sender = sender
         self._puller = puller
+        self._fetcher = fetcher
+        self._clock = clock
         self._engine: TransferAnswers | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._group: asyncio.TaskGroup | None = None
         self._stopped = asyncio.Event()
         self._pulls: dict[Key, asyncio.Task[TaskError | bytes]] = {}
+        self._fetches: set[asyncio.Task[int]] = set()
 
     def attach(self, engine: TransferAnswers) -> None:
         """Answers go to `engine` from now on. Before the first task."""
@@ -76,7 +109,7 @@ class Handover:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 await self._stopped.wait()
-                for task in self._pulls.values():
+                for task in (*self._pulls.values(), *self._fetches):
                     task.cancel()
         finally:
             self._group = None
@@ -108,6 +141,82 @@ class Handover:
     def cancel_pull(self, task_id: str, attempt: int) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._cancel, (task_id, attempt))
+
+    # -- prefixes: the engine's thread, `lend` under its state lock -------------------------------
+
+    def lend(self, transfer_id: str, blocks: Sequence[int], tokens: int) -> None:
+        sender = self._sender()
+        sender.offer(transfer_id)
+        sender.announce(transfer_id, 0, blocks, tokens)
+        sender.complete(transfer_id, tokens)
+
+    def fetch_seconds(self, source: PrefixSource, blocks: int) -> float:
+        if self._fetcher is None or self._loop is None or len(self._fetches) >= MAX_FETCHES:
+            return math.inf
+        return self._fetcher.expected_seconds(_address(source), blocks)
+
+    def fetch_declined(self, source: PrefixSource) -> None:
+        if self._fetcher is not None:
+            self._fetcher.declined(_address(source))
+
+    def start_fetch(
+        self,
+        source: PrefixSource,
+        identities: Sequence[bytes],
+        blocks: Sequence[int],
+        seconds: float,
+        done: Callable[[int], None],
+    ) -> Callable[[], None]:
+        """Raises RuntimeError where the loop has ended: nothing was started, `done` is not called."""
+        loop = self._loop
+        if loop is None:
+            raise RuntimeError("the executor's loop does not run")
+        started: list[asyncio.Task[int]] = []
+        deadline = self._clock() + seconds
+
+        def start() -> None:
+            if self._group is None or self._stopped.is_set():
+                done(0)
+                return
+            work = self._fetch(source, list(identities), list(blocks), deadline)
+            task = self._group.create_task(work, name=f"fetch-{source.te_id}")
+            started.append(task)
+            self._fetches.add(task)
+            task.add_done_callback(lambda ended: self._fetched(ended, done))
+
+        def stop() -> None:
+            for task in started:
+                task.cancel()
+
+        loop.call_soon_threadsafe(start)
+        return lambda: _post(loop, stop)
+
+    def _fetched(self, task: asyncio.Task[int], done: Callable[[int], None]) -> None:
+        self._fetches.discard(task)
+        done(0 if task.cancelled() else task.result())
+
+    async def _fetch(
+        self, source: PrefixSource, identities: list[bytes], blocks: list[int], deadline: float
+    ) -> int:
+        """How many blocks came; errors are a miss, so that they cannot end the group."""
+        assert self._fetcher is not None, "`fetch_seconds` says so"
+        try:
+            came = await self._fetcher.fetch(_address(source), identities, blocks, deadline)
+        except TransferError as error:
+            log.info("no prefix from %s: %s", source.te_id, error)
+            return 0
+        except Exception:  # a task boundary: one fetch fails, its task computes
+            log.exception("fetching a prefix from %s failed", source.te_id)
+            return 0
+        log.debug(
+            "%d blocks from %s: %d bytes, %s, %.3f s",
+            came.blocks,
+            source.te_id,
+            came.bytes,
+            came.transport,
+            came.seconds,
+        )
+        return came.blocks
 
     # -- any thread ------------------------------------------------------------------------------
 
@@ -188,6 +297,15 @@ def task_error(error: TransferError, has_deadline: bool) -> TaskError:
     if error.code is TransferErrorCode.DEADLINE and has_deadline:
         return TaskError(ErrorCode.DEADLINE_EXCEEDED, error.message)
     return TaskError(ErrorCode.KV_TRANSFER_FAILED, str(error), retryable=True)
+
+
+def _address(source: PrefixSource) -> tuple[str, str, str]:
+    return (source.address, source.te_id, source.incarnation)
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed: its tasks have ended
+        loop.call_soon_threadsafe(call)
 
 
 def _lost(message: str) -> TaskError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowserve.engine.types import KVHandover, Role, StepEvent
+from flowserve.engine.types import Role, StepEvent
 from flowserve.executor.interface import QUANTIZATIONS
 from kvtransfer.pool import available_memory
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # both import torch: a warm process listens before that is do
     from flowserve.executor.interface import Executor
     from flowserve.rtc import RTC
     from flowserve.rtc.disk import DiskTier
+    from flowserve.shell.handover import Handover
     from flowserve.shell.settings import Settings
     from kvtransfer.pool import BlockStore
 
@@ -122,9 +123,7 @@ class Model:
 class Loader:
     """Builds models for one process. `preload` makes the first load cheap."""
 
-    def __init__(
-        self, settings: Settings, handover: KVHandover, on_event: Callable[[StepEvent], None]
-    ) -> None:
+    def __init__(self, settings: Settings, handover: Handover, on_event: Callable[[StepEvent], None]) -> None:
         self._settings = settings
         self._handover = handover
         self._on_event = on_event
@@ -199,7 +198,9 @@ class Loader:
             compact_call_seconds=settings.compact_call_us / 1e6,
             enable_prefix_cache=settings.prefix_cache,
         )
-        engine = Engine(executor, cache, config, handover=self._handover, on_event=self._on_event)
+        engine = Engine(
+            executor, cache, config, handover=self._handover, exchange=self._handover, on_event=self._on_event
+        )
         engine.set_role(role)
         engine.start()
         gc.collect()

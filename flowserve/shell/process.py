@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ import grpc.aio
 from deepflow.v1 import worker_pb2 as pb
 from deepflow.v1 import worker_pb2_grpc
 
+from flowserve.engine.prefixes import LendingBusy, NotCached
 from flowserve.engine.types import Role, StepEvent
 from flowserve.rtc import folder
 from flowserve.shell import convert, health, metrics, watchdog
@@ -38,7 +40,9 @@ from flowserve.shell.settings import Endpoint, Settings
 from flowserve.shell.streams import Streams
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth
 from kvtransfer.channel import SERVER_OPTIONS
+from kvtransfer.errors import TransferError, TransferErrorCode
 from kvtransfer.framed import StreamServer
+from kvtransfer.prefixes import PrefixFetcher
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.service import KVTransferService
@@ -97,7 +101,7 @@ class TaskExecutorProcess:
             max_pulls=settings.max_running,
             max_waiting=settings.max_tasks,
         )
-        self._handover = Handover(lambda: self._sender, self._receiver)
+        self._handover = Handover(lambda: self._sender, self._receiver, PrefixFetcher(self._receiver))
         self._sender = Sender(
             None,
             settings.te_id,
@@ -113,6 +117,7 @@ class TaskExecutorProcess:
             data_listen=None if data is None else (data.host, data.port),
             library=settings.kv_transport,
             host=settings.advertise_host,
+            lend=self._lend,
         )
         self._loader = Loader(settings, self._handover, self._on_event)
         self._registry: Registry | None = None
@@ -136,6 +141,20 @@ class TaskExecutorProcess:
         self._kv_service.attach_store(model.store)
         self._receiver.attach_store(model.store)
         self.streams.restart_kv("load")
+
+    def _lend(self, identities: Sequence[bytes]) -> tuple[str, int]:
+        """On a worker thread. Raises TransferError."""
+        model = self.lifecycle.model
+        if model is None or self.lifecycle.state is not State.READY:
+            raise TransferError(
+                TransferErrorCode.NOT_CACHED, f"this executor is {self.lifecycle.state.value}"
+            )
+        try:
+            return model.engine.lend(identities)
+        except NotCached as error:
+            raise TransferError(TransferErrorCode.NOT_CACHED, str(error)) from error
+        except LendingBusy as error:
+            raise TransferError(TransferErrorCode.BUSY, str(error)) from error
 
     def _on_change(self) -> None:
         self.streams.poke()

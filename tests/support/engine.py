@@ -10,15 +10,17 @@ that their content may change.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from flowserve.engine.config import EngineConfig
 from flowserve.engine.engine import Engine
+from flowserve.engine.prefixes import LendingBusy, NotCached
 from flowserve.engine.types import (
     EngineTask,
     ErrorCode,
     FinishReason,
+    PrefixSource,
     PullRequest,
     SamplingParams,
     StepEvent,
@@ -290,6 +292,80 @@ class WireHandover:
 
 
 @dataclass
+class PendingFetch:
+    source: PrefixSource
+    identities: list[bytes]
+    blocks: list[int]
+    done: Callable[[int], None]
+    stopped: bool = False
+
+
+class PrefixWire:
+    """A PrefixExchange between rigs, moved by hand: what one has lent, what another fetches."""
+
+    def __init__(self, rigs: dict[str, Rig], here: Rig) -> None:
+        self.rigs, self.here = rigs, here
+        self.seconds = 0.0
+        self.lent: dict[str, list[int]] = {}
+        self.fetches: list[PendingFetch] = []
+        self.declined = 0
+        self.refuse = False
+
+    def lend(self, transfer_id: str, blocks: Sequence[int], tokens: int) -> None:
+        if self.refuse:
+            raise RuntimeError("refused")
+        assert tokens == len(blocks) * BLOCK_TOKENS
+        self.lent[transfer_id] = list(blocks)
+
+    def withdraw(self, transfer_id: str, reason: str) -> None:
+        self.here.engine.release_transfer(transfer_id, "withdrawn")
+
+    def fetch_seconds(self, source: PrefixSource, blocks: int) -> float:
+        return self.seconds
+
+    def fetch_declined(self, source: PrefixSource) -> None:
+        self.declined += 1
+
+    def start_fetch(
+        self,
+        source: PrefixSource,
+        identities: Sequence[bytes],
+        blocks: Sequence[int],
+        seconds: float,
+        done: Callable[[int], None],
+    ) -> Callable[[], None]:
+        assert seconds > 0 and len(identities) == len(blocks) > 0
+        fetch = PendingFetch(source, list(identities), list(blocks), done)
+        self.fetches.append(fetch)
+
+        def stop() -> None:
+            fetch.stopped = True
+
+        return stop
+
+    def pump(self, fail: bool = False) -> None:
+        """Ends every fetch: a stopped or failing one with nothing."""
+        fetches, self.fetches = self.fetches, []
+        for fetch in fetches:
+            rig = self.rigs.get(fetch.source.te_id)
+            if fail or fetch.stopped or rig is None:
+                fetch.done(0)
+                continue
+            assert isinstance(rig.exchange, PrefixWire)
+            try:
+                transfer_id, count = rig.engine.lend(fetch.identities)
+            except (NotCached, LendingBusy):
+                fetch.done(0)
+                continue
+            lent = rig.exchange.lent.pop(transfer_id)
+            assert len(lent) == count
+            for theirs, ours in zip(lent, fetch.blocks, strict=False):
+                self.here.store.store(ours, rig.store.load(theirs, 1))
+            rig.engine.release_transfer(transfer_id, "acked")
+            fetch.done(count)
+
+
+@dataclass
 class Answer:
     """What the receiver of events knows of one attempt."""
 
@@ -311,6 +387,7 @@ class Rig:
         clock: FakeClock | None = None,
         max_model_len: int = 4096,
         host_bytes: int = 0,
+        peers: dict[str, Rig] | None = None,
         **engine_options: object,
     ) -> None:
         self.clock = clock or FakeClock()
@@ -318,6 +395,7 @@ class Rig:
         self.cache = RTC(self.store, host_bytes=host_bytes, clock=self.clock)
         self.executor = ChainExecutor(self.store, max_model_len)
         self.handover = WireHandover(wire, self) if wire is not None else None
+        self.exchange = None if peers is None else PrefixWire(peers, self)
         self.answers: dict[tuple[str, int], Answer] = {}
         self.held_identities: set[bytes] = set()
         self._next_sequence = 1
@@ -326,6 +404,7 @@ class Rig:
             self.cache,
             config or EngineConfig(max_running=16, max_batch_tokens=64),
             handover=self.handover,
+            exchange=self.exchange,
             on_event=self.on_event,
             clock=self.clock,
             **engine_options,  # type: ignore[arg-type]  # passed through

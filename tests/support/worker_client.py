@@ -150,6 +150,7 @@ class WorkerClient:
         cache_salt: bytes = b"",
         tell_start: bool = False,
         early: bool = False,
+        prefix_source: worker_pb2.PrefixSource | None = None,
     ) -> tuple[TaskRun, asyncio.Event, asyncio.Event]:
         """Submits a task; returns (run, finished, first token) without waiting for either."""
         task_id = task_id or f"direct-{time.time_ns():x}-{next(_ids)}"
@@ -170,6 +171,7 @@ class WorkerClient:
             cache_salt=cache_salt,
             tell_start=tell_start,
             early=early,
+            prefix_source=prefix_source,
         )
         async with self._writing:
             await self._call.write(worker_pb2.TasksRequest(submit=task))

@@ -53,6 +53,8 @@ class _TransferErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tra
     """another receiver has it, or a bound is reached"""
     TRANSFER_ERROR_CODE_STALE_POOL: _TransferErrorCode.ValueType  # 11
     """the sender has another pool now: shake hands again"""
+    TRANSFER_ERROR_CODE_NOT_CACHED: _TransferErrorCode.ValueType  # 12
+    """a prefix that was asked for is not in this cache (any more)"""
 
 class TransferErrorCode(_TransferErrorCode, metaclass=_TransferErrorCodeEnumTypeWrapper): ...
 
@@ -70,6 +72,8 @@ TRANSFER_ERROR_CODE_BUSY: TransferErrorCode.ValueType  # 10
 """another receiver has it, or a bound is reached"""
 TRANSFER_ERROR_CODE_STALE_POOL: TransferErrorCode.ValueType  # 11
 """the sender has another pool now: shake hands again"""
+TRANSFER_ERROR_CODE_NOT_CACHED: TransferErrorCode.ValueType  # 12
+"""a prefix that was asked for is not in this cache (any more)"""
 Global___TransferErrorCode: _TypeAlias = TransferErrorCode  # noqa: Y015
 
 @_typing.final
@@ -594,3 +598,52 @@ class FinishResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FinishResponse: _TypeAlias = FinishResponse  # noqa: Y015
+
+@_typing.final
+class OpenPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    layout: _builtins.bytes
+    """digest of the receiver's: it must be the sender's"""
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of blocks that follow each other; the first ones that are cached are offered"""
+
+    def __init__(
+        self,
+        *,
+        identities: _abc.Iterable[_builtins.bytes] | None = ...,
+        layout: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identities", b"identities", "layout", b"layout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPrefixRequest: _TypeAlias = OpenPrefixRequest  # noqa: Y015
+
+@_typing.final
+class OpenPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.str
+    blocks: _builtins.int
+    """of the identities, from the first on; at least one"""
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPrefixResponse: _TypeAlias = OpenPrefixResponse  # noqa: Y015

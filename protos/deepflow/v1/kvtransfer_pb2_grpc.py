@@ -59,6 +59,11 @@ class KVTransferStub:
                 request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishRequest.SerializeToString,
                 response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishResponse.FromString,
                 _registered_method=True)
+        self.OpenPrefix = channel.unary_unary(
+                '/deepflow.v1.KVTransfer/OpenPrefix',
+                request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixRequest.SerializeToString,
+                response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixResponse.FromString,
+                _registered_method=True)
 
 
 class KVTransferServicer:
@@ -94,6 +99,13 @@ class KVTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenPrefix(self, request, context):
+        """Puts cached blocks on offer, complete from the start: a transfer like any other follows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +133,11 @@ def add_KVTransferServicer_to_server(servicer, server):
                     servicer.Finish,
                     request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishRequest.FromString,
                     response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.FinishResponse.SerializeToString,
+            ),
+            'OpenPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenPrefix,
+                    request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixRequest.FromString,
+                    response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,6 +275,33 @@ class KVTransfer:
             '/deepflow.v1.KVTransfer/Finish',
             deepflow_dot_v1_dot_kvtransfer__pb2.FinishRequest.SerializeToString,
             deepflow_dot_v1_dot_kvtransfer__pb2.FinishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deepflow.v1.KVTransfer/OpenPrefix',
+            deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixRequest.SerializeToString,
+            deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

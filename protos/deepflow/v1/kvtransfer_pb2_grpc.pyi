@@ -50,6 +50,8 @@ class KVTransferStub:
     Read: _grpc.UnaryStreamMultiCallable[_kvtransfer_pb2.ReadRequest, _kvtransfer_pb2.ReadChunk]
     Renew: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.RenewRequest, _kvtransfer_pb2.RenewResponse]
     Finish: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.FinishRequest, _kvtransfer_pb2.FinishResponse]
+    OpenPrefix: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.OpenPrefixRequest, _kvtransfer_pb2.OpenPrefixResponse]
+    """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
 
 @_typing.type_check_only
 class KVTransferAsyncStub(KVTransferStub):
@@ -59,6 +61,8 @@ class KVTransferAsyncStub(KVTransferStub):
     Read: _aio.UnaryStreamMultiCallable[_kvtransfer_pb2.ReadRequest, _kvtransfer_pb2.ReadChunk]  # type: ignore[assignment]
     Renew: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.RenewRequest, _kvtransfer_pb2.RenewResponse]  # type: ignore[assignment]
     Finish: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.FinishRequest, _kvtransfer_pb2.FinishResponse]  # type: ignore[assignment]
+    OpenPrefix: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.OpenPrefixRequest, _kvtransfer_pb2.OpenPrefixResponse]  # type: ignore[assignment]
+    """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
 
 class KVTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -95,5 +99,13 @@ class KVTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kvtransfer_pb2.FinishRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.FinishResponse, _abc.Awaitable[_kvtransfer_pb2.FinishResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def OpenPrefix(
+        self,
+        request: _kvtransfer_pb2.OpenPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvtransfer_pb2.OpenPrefixResponse, _abc.Awaitable[_kvtransfer_pb2.OpenPrefixResponse]]:
+        """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
 
 def add_KVTransferServicer_to_server(servicer: KVTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

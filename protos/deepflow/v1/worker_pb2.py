@@ -25,57 +25,59 @@ _sym_db = _symbol_database.Default()
 from deepflow.v1 import common_pb2 as deepflow_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x65\x65pflow/v1/worker.proto\x12\x0b\x64\x65\x65pflow.v1\x1a\x18\x64\x65\x65pflow/v1/common.proto\"\x92\x01\n\x0cTasksRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.deepflow.v1.HelloH\x00\x12)\n\x06submit\x18\x02 \x01(\x0b\x32\x17.deepflow.v1.SubmitTaskH\x00\x12\'\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x16.deepflow.v1.AbortTaskH\x00\x42\t\n\x07message\"0\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xac\x03\n\nSubmitTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12#\n\x04kind\x18\x03 \x01(\x0e\x32\x15.deepflow.v1.TaskKind\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\x12\x12\n\nadapter_id\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x0c\x12\x15\n\routput_tokens\x18\x08 \x01(\x0c\x12-\n\x08sampling\x18\t \x01(\x0b\x32\x1b.deepflow.v1.SamplingParams\x12\x19\n\x11max_output_tokens\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x12\n\ntimeout_ms\x18\x0c \x01(\x04\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12(\n\tkv_source\x18\x0e \x01(\x0b\x32\x15.deepflow.v1.KVSource\x12\x17\n\x0fprocessor_state\x18\x0f \x01(\x0c\x12\x12\n\ntell_start\x18\x10 \x01(\x08\x12\r\n\x05\x65\x61rly\x18\x11 \x01(\x08\"=\n\tAbortTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"k\n\rTasksResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.deepflow.v1.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.deepflow.v1.StepEventH\x00\x42\t\n\x07message\"l\n\x07Welcome\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.deepflow.v1.LoadReport\"\x84\x01\n\tStepEvent\x12&\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x16.deepflow.v1.TaskDelta\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.deepflow.v1.LoadReport\x12(\n\tkv_events\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVEvents\"\x89\x03\n\tTaskDelta\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bstart_index\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.deepflow.v1.TokenLogprobs\x12)\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x19.deepflow.v1.FinishReason\x12%\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x16.deepflow.v1.TaskError\x12\'\n\x08handover\x18\x08 \x01(\x0b\x32\x15.deepflow.v1.Handover\x12\x1a\n\rcached_tokens\x18\t \x01(\rH\x00\x88\x01\x01\x12\x33\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1a.deepflow.v1.TokenLogprobs\x12)\n\x07timings\x18\x0b \x01(\x0b\x32\x18.deepflow.v1.TaskTimingsB\x10\n\x0e_cached_tokens\"g\n\rTokenLogprobs\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x12\n\ntop_tokens\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x12\x0c\n\x04rank\x18\x05 \x01(\r\"m\n\x0bTaskTimings\x12\x16\n\x0equeued_seconds\x18\x01 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\"l\n\x08Handover\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.deepflow.v1.KVSource\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\x04\x12\x17\n\x0fprocessor_state\x18\x04 \x01(\x0c\"N\n\x08KVEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x03(\x0c\x12\x0f\n\x07removed\x18\x03 \x03(\x0c\x12\x0f\n\x07\x63leared\x18\x04 \x01(\x08\"\xa5\x01\n\x10LoadModelRequest\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0ekv_cache_bytes\x18\x04 \x01(\x04\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x06 \x01(\r\x12\x14\n\x0cquantization\x18\x07 \x01(\t\"\x81\x01\n\x11LoadModelResponse\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\x11\n\tkv_blocks\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x14\n\x0cload_seconds\x18\x05 \x01(\x01\"@\n\x0eSetRoleRequest\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.deepflow.v1.Role\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"A\n\x0fSetRoleResponse\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.deepflow.v1.Role\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"0\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\x12\x0c\n\x04\x65xit\x18\x02 \x01(\x08\"L\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x12\n\ntasks_left\x18\x02 \x01(\r\x12\x16\n\x0etransfers_left\x18\x03 \x01(\r\"\x12\n\x10GetStatusRequest\"\x9f\x01\n\x0e\x45xecutorStatus\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x1b.deepflow.v1.ExecutorRecord\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.deepflow.v1.LoadReport\x12\r\n\x05tasks\x18\x03 \x01(\r\x12\x15\n\rleaked_blocks\x18\x04 \x01(\r\x12\x13\n\x0bstuck_tasks\x18\x05 \x01(\r\"\xe4\x03\n\x0e\x45xecutorRecord\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.deepflow.v1.ExecutorState\x12\x16\n\x0emodel_revision\x18\x05 \x01(\t\x12\x12\n\nmodel_path\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x1f\n\x04role\x18\x08 \x01(\x0e\x32\x11.deepflow.v1.Role\x12\x12\n\nrole_epoch\x18\t \x01(\x04\x12\x11\n\tkv_blocks\x18\n \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x0b \x01(\r\x12\x15\n\rmax_model_len\x18\x0c \x01(\r\x12\r\n\x05\x64type\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x0c\n\x04host\x18\x0f \x01(\t\x12\x17\n\x0fstarted_unix_ms\x18\x10 \x01(\x04\x12\x11\n\tmax_tasks\x18\x11 \x01(\r\x12\x18\n\x10protocol_version\x18\x12 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x13 \x01(\t\x12\x0f\n\x07message\x18\x14 \x01(\t\x12\x14\n\x0cquantization\x18\x15 \x01(\t\x12\x15\n\rtasks_address\x18\x16 \x01(\t*\xb6\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XECUTOR_STATE_WARM\x10\x01\x12\x1a\n\x16\x45XECUTOR_STATE_LOADING\x10\x02\x12\x18\n\x14\x45XECUTOR_STATE_READY\x10\x03\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x04\x12\x19\n\x15\x45XECUTOR_STATE_FAILED\x10\x05\x32\xed\x02\n\x0cTaskExecutor\x12\x42\n\x05Tasks\x12\x19.deepflow.v1.TasksRequest\x1a\x1a.deepflow.v1.TasksResponse(\x01\x30\x01\x12J\n\tLoadModel\x12\x1d.deepflow.v1.LoadModelRequest\x1a\x1e.deepflow.v1.LoadModelResponse\x12\x44\n\x07SetRole\x12\x1b.deepflow.v1.SetRoleRequest\x1a\x1c.deepflow.v1.SetRoleResponse\x12>\n\x05\x44rain\x12\x19.deepflow.v1.DrainRequest\x1a\x1a.deepflow.v1.DrainResponse\x12G\n\tGetStatus\x12\x1d.deepflow.v1.GetStatusRequest\x1a\x1b.deepflow.v1.ExecutorStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x65\x65pflow/v1/worker.proto\x12\x0b\x64\x65\x65pflow.v1\x1a\x18\x64\x65\x65pflow/v1/common.proto\"\x92\x01\n\x0cTasksRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.deepflow.v1.HelloH\x00\x12)\n\x06submit\x18\x02 \x01(\x0b\x32\x17.deepflow.v1.SubmitTaskH\x00\x12\'\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x16.deepflow.v1.AbortTaskH\x00\x42\t\n\x07message\"0\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xde\x03\n\nSubmitTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12#\n\x04kind\x18\x03 \x01(\x0e\x32\x15.deepflow.v1.TaskKind\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\x12\x12\n\nadapter_id\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x0c\x12\x15\n\routput_tokens\x18\x08 \x01(\x0c\x12-\n\x08sampling\x18\t \x01(\x0b\x32\x1b.deepflow.v1.SamplingParams\x12\x19\n\x11max_output_tokens\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x12\n\ntimeout_ms\x18\x0c \x01(\x04\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12(\n\tkv_source\x18\x0e \x01(\x0b\x32\x15.deepflow.v1.KVSource\x12\x17\n\x0fprocessor_state\x18\x0f \x01(\x0c\x12\x12\n\ntell_start\x18\x10 \x01(\x08\x12\r\n\x05\x65\x61rly\x18\x11 \x01(\x08\x12\x30\n\rprefix_source\x18\x12 \x01(\x0b\x32\x19.deepflow.v1.PrefixSource\"S\n\x0cPrefixSource\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"=\n\tAbortTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"k\n\rTasksResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.deepflow.v1.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.deepflow.v1.StepEventH\x00\x42\t\n\x07message\"l\n\x07Welcome\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.deepflow.v1.LoadReport\"\x84\x01\n\tStepEvent\x12&\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x16.deepflow.v1.TaskDelta\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.deepflow.v1.LoadReport\x12(\n\tkv_events\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVEvents\"\x89\x03\n\tTaskDelta\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bstart_index\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.deepflow.v1.TokenLogprobs\x12)\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x19.deepflow.v1.FinishReason\x12%\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x16.deepflow.v1.TaskError\x12\'\n\x08handover\x18\x08 \x01(\x0b\x32\x15.deepflow.v1.Handover\x12\x1a\n\rcached_tokens\x18\t \x01(\rH\x00\x88\x01\x01\x12\x33\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1a.deepflow.v1.TokenLogprobs\x12)\n\x07timings\x18\x0b \x01(\x0b\x32\x18.deepflow.v1.TaskTimingsB\x10\n\x0e_cached_tokens\"g\n\rTokenLogprobs\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x12\n\ntop_tokens\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x12\x0c\n\x04rank\x18\x05 \x01(\r\"m\n\x0bTaskTimings\x12\x16\n\x0equeued_seconds\x18\x01 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\"l\n\x08Handover\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.deepflow.v1.KVSource\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\x04\x12\x17\n\x0fprocessor_state\x18\x04 \x01(\x0c\"N\n\x08KVEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x03(\x0c\x12\x0f\n\x07removed\x18\x03 \x03(\x0c\x12\x0f\n\x07\x63leared\x18\x04 \x01(\x08\"\xa5\x01\n\x10LoadModelRequest\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0ekv_cache_bytes\x18\x04 \x01(\x04\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x06 \x01(\r\x12\x14\n\x0cquantization\x18\x07 \x01(\t\"\x81\x01\n\x11LoadModelResponse\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\x11\n\tkv_blocks\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x14\n\x0cload_seconds\x18\x05 \x01(\x01\"@\n\x0eSetRoleRequest\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.deepflow.v1.Role\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"A\n\x0fSetRoleResponse\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.deepflow.v1.Role\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"0\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\x12\x0c\n\x04\x65xit\x18\x02 \x01(\x08\"L\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x12\n\ntasks_left\x18\x02 \x01(\r\x12\x16\n\x0etransfers_left\x18\x03 \x01(\r\"\x12\n\x10GetStatusRequest\"\x9f\x01\n\x0e\x45xecutorStatus\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x1b.deepflow.v1.ExecutorRecord\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.deepflow.v1.LoadReport\x12\r\n\x05tasks\x18\x03 \x01(\r\x12\x15\n\rleaked_blocks\x18\x04 \x01(\r\x12\x13\n\x0bstuck_tasks\x18\x05 \x01(\r\"\xe4\x03\n\x0e\x45xecutorRecord\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.deepflow.v1.ExecutorState\x12\x16\n\x0emodel_revision\x18\x05 \x01(\t\x12\x12\n\nmodel_path\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x1f\n\x04role\x18\x08 \x01(\x0e\x32\x11.deepflow.v1.Role\x12\x12\n\nrole_epoch\x18\t \x01(\x04\x12\x11\n\tkv_blocks\x18\n \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x0b \x01(\r\x12\x15\n\rmax_model_len\x18\x0c \x01(\r\x12\r\n\x05\x64type\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x0c\n\x04host\x18\x0f \x01(\t\x12\x17\n\x0fstarted_unix_ms\x18\x10 \x01(\x04\x12\x11\n\tmax_tasks\x18\x11 \x01(\r\x12\x18\n\x10protocol_version\x18\x12 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x13 \x01(\t\x12\x0f\n\x07message\x18\x14 \x01(\t\x12\x14\n\x0cquantization\x18\x15 \x01(\t\x12\x15\n\rtasks_address\x18\x16 \x01(\t*\xb6\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XECUTOR_STATE_WARM\x10\x01\x12\x1a\n\x16\x45XECUTOR_STATE_LOADING\x10\x02\x12\x18\n\x14\x45XECUTOR_STATE_READY\x10\x03\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x04\x12\x19\n\x15\x45XECUTOR_STATE_FAILED\x10\x05\x32\xed\x02\n\x0cTaskExecutor\x12\x42\n\x05Tasks\x12\x19.deepflow.v1.TasksRequest\x1a\x1a.deepflow.v1.TasksResponse(\x01\x30\x01\x12J\n\tLoadModel\x12\x1d.deepflow.v1.LoadModelRequest\x1a\x1e.deepflow.v1.LoadModelResponse\x12\x44\n\x07SetRole\x12\x1b.deepflow.v1.SetRoleRequest\x1a\x1c.deepflow.v1.SetRoleResponse\x12>\n\x05\x44rain\x12\x19.deepflow.v1.DrainRequest\x1a\x1a.deepflow.v1.DrainResponse\x12G\n\tGetStatus\x12\x1d.deepflow.v1.GetStatusRequest\x1a\x1b.deepflow.v1.ExecutorStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deepflow.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXECUTORSTATE']._serialized_start=3147
-  _globals['_EXECUTORSTATE']._serialized_end=3329
+  _globals['_EXECUTORSTATE']._serialized_start=3282
+  _globals['_EXECUTORSTATE']._serialized_end=3464
   _globals['_TASKSREQUEST']._serialized_start=68
   _globals['_TASKSREQUEST']._serialized_end=214
   _globals['_HELLO']._serialized_start=216
   _globals['_HELLO']._serialized_end=264
   _globals['_SUBMITTASK']._serialized_start=267
-  _globals['_SUBMITTASK']._serialized_end=695
-  _globals['_ABORTTASK']._serialized_start=697
-  _globals['_ABORTTASK']._serialized_end=758
-  _globals['_TASKSRESPONSE']._serialized_start=760
-  _globals['_TASKSRESPONSE']._serialized_end=867
-  _globals['_WELCOME']._serialized_start=869
-  _globals['_WELCOME']._serialized_end=977
-  _globals['_STEPEVENT']._serialized_start=980
-  _globals['_STEPEVENT']._serialized_end=1112
-  _globals['_TASKDELTA']._serialized_start=1115
-  _globals['_TASKDELTA']._serialized_end=1508
-  _globals['_TOKENLOGPROBS']._serialized_start=1510
-  _globals['_TOKENLOGPROBS']._serialized_end=1613
-  _globals['_TASKTIMINGS']._serialized_start=1615
-  _globals['_TASKTIMINGS']._serialized_end=1724
-  _globals['_HANDOVER']._serialized_start=1726
-  _globals['_HANDOVER']._serialized_end=1834
-  _globals['_KVEVENTS']._serialized_start=1836
-  _globals['_KVEVENTS']._serialized_end=1914
-  _globals['_LOADMODELREQUEST']._serialized_start=1917
-  _globals['_LOADMODELREQUEST']._serialized_end=2082
-  _globals['_LOADMODELRESPONSE']._serialized_start=2085
-  _globals['_LOADMODELRESPONSE']._serialized_end=2214
-  _globals['_SETROLEREQUEST']._serialized_start=2216
-  _globals['_SETROLEREQUEST']._serialized_end=2280
-  _globals['_SETROLERESPONSE']._serialized_start=2282
-  _globals['_SETROLERESPONSE']._serialized_end=2347
-  _globals['_DRAINREQUEST']._serialized_start=2349
-  _globals['_DRAINREQUEST']._serialized_end=2397
-  _globals['_DRAINRESPONSE']._serialized_start=2399
-  _globals['_DRAINRESPONSE']._serialized_end=2475
-  _globals['_GETSTATUSREQUEST']._serialized_start=2477
-  _globals['_GETSTATUSREQUEST']._serialized_end=2495
-  _globals['_EXECUTORSTATUS']._serialized_start=2498
-  _globals['_EXECUTORSTATUS']._serialized_end=2657
-  _globals['_EXECUTORRECORD']._serialized_start=2660
-  _globals['_EXECUTORRECORD']._serialized_end=3144
-  _globals['_TASKEXECUTOR']._serialized_start=3332
-  _globals['_TASKEXECUTOR']._serialized_end=3697
+  _globals['_SUBMITTASK']._serialized_end=745
+  _globals['_PREFIXSOURCE']._serialized_start=747
+  _globals['_PREFIXSOURCE']._serialized_end=830
+  _globals['_ABORTTASK']._serialized_start=832
+  _globals['_ABORTTASK']._serialized_end=893
+  _globals['_TASKSRESPONSE']._serialized_start=895
+  _globals['_TASKSRESPONSE']._serialized_end=1002
+  _globals['_WELCOME']._serialized_start=1004
+  _globals['_WELCOME']._serialized_end=1112
+  _globals['_STEPEVENT']._serialized_start=1115
+  _globals['_STEPEVENT']._serialized_end=1247
+  _globals['_TASKDELTA']._serialized_start=1250
+  _globals['_TASKDELTA']._serialized_end=1643
+  _globals['_TOKENLOGPROBS']._serialized_start=1645
+  _globals['_TOKENLOGPROBS']._serialized_end=1748
+  _globals['_TASKTIMINGS']._serialized_start=1750
+  _globals['_TASKTIMINGS']._serialized_end=1859
+  _globals['_HANDOVER']._serialized_start=1861
+  _globals['_HANDOVER']._serialized_end=1969
+  _globals['_KVEVENTS']._serialized_start=1971
+  _globals['_KVEVENTS']._serialized_end=2049
+  _globals['_LOADMODELREQUEST']._serialized_start=2052
+  _globals['_LOADMODELREQUEST']._serialized_end=2217
+  _globals['_LOADMODELRESPONSE']._serialized_start=2220
+  _globals['_LOADMODELRESPONSE']._serialized_end=2349
+  _globals['_SETROLEREQUEST']._serialized_start=2351
+  _globals['_SETROLEREQUEST']._serialized_end=2415
+  _globals['_SETROLERESPONSE']._serialized_start=2417
+  _globals['_SETROLERESPONSE']._serialized_end=2482
+  _globals['_DRAINREQUEST']._serialized_start=2484
+  _globals['_DRAINREQUEST']._serialized_end=2532
+  _globals['_DRAINRESPONSE']._serialized_start=2534
+  _globals['_DRAINRESPONSE']._serialized_end=2610
+  _globals['_GETSTATUSREQUEST']._serialized_start=2612
+  _globals['_GETSTATUSREQUEST']._serialized_end=2630
+  _globals['_EXECUTORSTATUS']._serialized_start=2633
+  _globals['_EXECUTORSTATUS']._serialized_end=2792
+  _globals['_EXECUTORRECORD']._serialized_start=2795
+  _globals['_EXECUTORRECORD']._serialized_end=3279
+  _globals['_TASKEXECUTOR']._serialized_start=3467
+  _globals['_TASKEXECUTOR']._serialized_end=3832
 # @@protoc_insertion_point(module_scope)

@@ -131,6 +131,7 @@ class SubmitTask(_message.Message):
     PROCESSOR_STATE_FIELD_NUMBER: _builtins.int
     TELL_START_FIELD_NUMBER: _builtins.int
     EARLY_FIELD_NUMBER: _builtins.int
+    PREFIX_SOURCE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     attempt: _builtins.int
     kind: _common_pb2.TaskKind.ValueType
@@ -162,6 +163,10 @@ class SubmitTask(_message.Message):
     def kv_source(self) -> _common_pb2.KVSource:
         """decode tasks: where the prompt's KV lies"""
 
+    @_builtins.property
+    def prefix_source(self) -> Global___PrefixSource:
+        """where more of the prompt is cached than here; may be out of date"""
+
     def __init__(
         self,
         *,
@@ -182,14 +187,47 @@ class SubmitTask(_message.Message):
         processor_state: _builtins.bytes = ...,
         tell_start: _builtins.bool = ...,
         early: _builtins.bool = ...,
+        prefix_source: Global___PrefixSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source", "prefix_source", b"prefix_source", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "attempt", b"attempt", "cache_salt", b"cache_salt", "early", b"early", "kind", b"kind", "kv_source", b"kv_source", "max_output_tokens", b"max_output_tokens", "model_revision", b"model_revision", "output_tokens", b"output_tokens", "priority", b"priority", "processor_state", b"processor_state", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "task_id", b"task_id", "tell_start", b"tell_start", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "attempt", b"attempt", "cache_salt", b"cache_salt", "early", b"early", "kind", b"kind", "kv_source", b"kv_source", "max_output_tokens", b"max_output_tokens", "model_revision", b"model_revision", "output_tokens", b"output_tokens", "prefix_source", b"prefix_source", "priority", b"priority", "processor_state", b"processor_state", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "task_id", b"task_id", "tell_start", b"tell_start", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitTask: _TypeAlias = SubmitTask  # noqa: Y015
+
+@_typing.final
+class PrefixSource(_message.Message):
+    """An executor that holds the KV of a prompt's first tokens. The one that is told decides whether
+    fetching them is worth it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    te_id: _builtins.str
+    incarnation: _builtins.str
+    address: _builtins.str
+    tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        te_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        address: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "te_id", b"te_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixSource: _TypeAlias = PrefixSource  # noqa: Y015
 
 @_typing.final
 class AbortTask(_message.Message):

@@ -16,6 +16,7 @@ from controlplane.jobs.job import Job
 from controlplane.jobs.serving import ChoiceDelta, Sampling, ServingRequest
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.scheduling.columns import Columns
+from controlplane.scheduling.prefix import Matches, PrefixIndex
 from controlplane.scheduling.types import ExecutorView, Policy, Role
 
 REVISION = "m@1"
@@ -83,7 +84,7 @@ class ScriptedFleet:
     submitted: list[Submitted] = field(default_factory=list)
     aborted: list[tuple[str, str, int]] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)  # links that refuse
-    prefixes: tuple[()] = ()
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     on_change: Callable[[], None] = lambda: None
 
     def add(self, te_id: str, role: Role = Role.COLOCATED, **fields: object) -> None:
@@ -104,6 +105,17 @@ class ScriptedFleet:
 
     def block_tokens(self, model_revision: str) -> int | None:
         return 16 if self.can_serve(model_revision) else None
+
+    def cached_blocks(self, hashes: Sequence[bytes]) -> Matches:
+        return self.prefixes.match(hashes)
+
+    def prefix_source(
+        self, hashes: Sequence[bytes], block_tokens: int, te_id: str
+    ) -> worker_pb2.PrefixSource | None:
+        found = self.prefixes.match(hashes)
+        for other, blocks in found.beyond(found.get(te_id, 0)):
+            return worker_pb2.PrefixSource(te_id=other, tokens=blocks * block_tokens)
+        return None
 
     def submit(
         self,

@@ -201,3 +201,18 @@ def test_siblings_that_wait_are_not_placed_by_their_jobs_end(bench: Bench) -> No
     bench.turn(6)
     assert [delta.finish for delta in drain(late)] == ["error"] * 3
     assert len(bench.fleet.submitted) == 2, "the leaders alone"
+
+
+def test_a_task_is_told_who_holds_more_of_its_prompt(bench: Bench) -> None:
+    bench.fleet.add("busy", tasks=200, queued_tokens=500_000)
+    bench.fleet.add("idle")
+    hashes = bench.submit(prompt=100).hashes(16)
+    bench.fleet.prefixes.apply("busy", 1, hashes[:4])
+    bench.fleet.prefixes.apply("idle", 1, hashes[:1])
+    bench.submit(prompt=100)
+    told = bench.fleet.last
+    assert told.te_id == "idle" and not told.task.HasField("kv_source")
+    assert (told.task.prefix_source.te_id, told.task.prefix_source.tokens) == ("busy", 64)
+    bench.fleet.prefixes.drop("busy")
+    bench.submit(prompt=100)
+    assert not bench.fleet.last.task.HasField("prefix_source")
