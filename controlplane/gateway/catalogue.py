@@ -17,7 +17,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,8 +85,11 @@ class Offer:
 class Pending:
     """A name that is known, of a model that cannot be asked yet."""
 
+    id: str
+    aliases: tuple[str, ...]
     why: str
     demand: str  # the model's name in `controlplane.fleet.demand`
+    created: int  # Unix seconds
 
 
 class CatalogueFile(BaseModel):
@@ -129,7 +132,7 @@ class Catalogue:
         self._served: list[ServedModel] = []
         self._listed: tuple[CatalogueEntry, ...] = ()  # by the file
         self._offers: tuple[Offer, ...] = ()
-        self._pending: Mapping[str, Pending] = {}
+        self._pending: dict[str, Pending] = {}
         self.on_pending: Callable[[str], None] = lambda demand: None
         """Told of each request for a pending name: to be asked is what it may be waiting for."""
         self._replacing = asyncio.Lock()
@@ -164,12 +167,16 @@ class Catalogue:
             raise ApiError(503, message, code="model_not_ready", retry_after=PENDING_RETRY_SECONDS)
         return model
 
-    async def offer(self, offers: Sequence[Offer], pending: Mapping[str, Pending]) -> None:
-        """All models that are not from the file, instead of those before. `pending`: further names, and why
-        they cannot be asked yet."""
+    def pendings(self) -> list[Pending]:
+        """Models that are known and cannot be asked yet."""
+        return [pending for name, pending in self._pending.items() if name == pending.id]
+
+    async def offer(self, offers: Sequence[Offer], pending: Sequence[Pending]) -> None:
+        """All models that are not from the file, instead of those before, and those that cannot be asked."""
         self._offers = tuple(offers)
         await self._replace()
-        self._pending = dict(pending)  # only now: a name that was pending is never unknown in between
+        # Only now: a name that was pending is never unknown in between.
+        self._pending = {name: model for model in pending for name in (model.id, *model.aliases)}
         self._missing.discard("offers")
 
     def models(self) -> list[ServedModel]:

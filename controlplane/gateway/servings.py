@@ -51,24 +51,23 @@ class Named:
     path: Path | None  # its files, should they be here too
 
 
-def named(servings: Iterable[ModelServing]) -> tuple[list[Named], dict[str, Pending]]:
-    """What to offer, and the names that cannot be asked yet with the reason. Two that want one name: the
-    older has it, as the operator says in their conditions."""
+def named(servings: Iterable[ModelServing]) -> tuple[list[Named], list[Pending]]:
+    """What to offer, and what cannot be asked yet. Two that want one name: the older has it, as the operator
+    says in their conditions."""
     ordered = sorted(servings, key=lambda s: (_created(s), s.metadata.namespace, s.metadata.name))
     taken: set[str] = set()
     found: list[Named] = []
-    pending: dict[str, Pending] = {}
+    pending: list[Pending] = []
     for serving in ordered:
         if serving.model_id in taken:
             continue
         aliases = tuple(alias for alias in serving.spec.model.aliases if alias not in taken)
         taken.update((serving.model_id, *aliases))
         status, limits = serving.status, serving.spec.limits
+        key, created = "/".join(serving.key), _created(serving)
         if not status.revision:
-            why = Pending(_why_no_revision(serving), "/".join(serving.key))
-            pending.update(dict.fromkeys((serving.model_id, *aliases), why))
+            pending.append(Pending(serving.model_id, aliases, _why_no_revision(serving), key, created))
             continue
-        key = "/".join(serving.key)
         uri = urlsplit(serving.spec.model.uri)
         found.append(
             Named(
@@ -88,7 +87,7 @@ def named(servings: Iterable[ModelServing]) -> tuple[list[Named], dict[str, Pend
                         bytes=parse_quantity(limits.held_bytes),
                         seconds=limits.hold_seconds,
                     ),
-                    created=_created(serving),
+                    created=created,
                 ),
                 Path(uri.path) if uri.scheme == "file" else None,
             )
@@ -174,8 +173,8 @@ class Servings:
             if card is not None:
                 offers.append(Offer(item.entry, card))
                 continue
-            why = Pending("its tokenizer has not been published yet", item.key)
-            pending.update(dict.fromkeys((item.entry.id, *item.entry.aliases), why))
+            entry, why = item.entry, "its tokenizer has not been published yet"
+            pending.append(Pending(entry.id, entry.aliases, why, item.key, entry.created))
         await self._catalogue.offer(offers, pending)
         return len(offers) == len(found)
 

@@ -11,7 +11,7 @@ from controlplane.api.errors import invalid
 from controlplane.api.openai import DetokenizeRequest, TokenizeRequest
 from controlplane.api.openai_responses import DetokenizeResponse, Model, ModelList, TokenizeResponse
 from controlplane.gateway.body import read_model
-from controlplane.gateway.catalogue import ServedModel
+from controlplane.gateway.catalogue import Pending, ServedModel
 from controlplane.gateway.context import context_of
 from controlplane.gateway.frames import token_text
 from controlplane.gateway.plan import check_ids, render_chat
@@ -27,6 +27,7 @@ async def list_models(request: Request) -> Response:
     """The models that can be named, whether or not an executor holds them now."""
     gateway, _ = await identify(request, "models")
     models = [_view(gateway, model) for model in gateway.catalogue.models()]
+    models += [_pending_view(model) for model in gateway.catalogue.pendings()]
     return _json(ModelList(object="list", data=models))
 
 
@@ -34,6 +35,9 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, model: str) -> Response:
     """One model, by id, alias or revision."""
     gateway, _ = await identify(request, "models")
+    pending = gateway.catalogue.pending(model)
+    if pending is not None:
+        return _json(_pending_view(pending))
     return _json(_view(gateway, gateway.catalogue.resolve(model)))
 
 
@@ -48,6 +52,21 @@ def _view(gateway: Gateway, model: ServedModel) -> Model:
         revision=model.revision,
         aliases=list(model.entry.aliases),
         ready=gateway.executor.can_serve(model.revision),
+    )
+
+
+def _pending_view(model: Pending) -> Model:
+    """Never started: nothing is known of it but its names."""
+    return Model(
+        id=model.id,
+        object="model",
+        created=model.created,
+        owned_by="deepflow",
+        root=model.id,
+        max_model_len=0,
+        revision="",
+        aliases=list(model.aliases),
+        ready=False,
     )
 
 

@@ -168,7 +168,7 @@ async def test_a_model_that_nobody_wakes_is_not_held_here(
 
 
 async def test_demand_is_told_once_however_many_wait_and_answers_count(asleep: Stack) -> None:
-    hints: list[bytes] = []
+    hints: list[str] = []
     reader = DemandReader(asleep.redis)
     follower = asyncio.create_task(reader.follow(hints.append))
     await asyncio.sleep(0.2)

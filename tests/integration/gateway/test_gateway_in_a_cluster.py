@@ -89,6 +89,8 @@ async def test_a_serving_at_zero_is_listed_from_the_moment_its_card_is_there(
         assert (await http.post("/v1/completions", json=body)).status_code == 404
         await api.create(MODEL_SERVINGS, serving(), manager=MANAGER)
         await until(lambda: NAME in stack.gateway.catalogue._pending)
+        assert await listed(stack) == [(NAME, False)]
+        assert (await http.get("/v1/models/t")).json()["max_model_len"] == 0
         early = await http.post("/v1/tokenize", json=body)
         assert early.status_code == 503 and early.json()["error"]["code"] == "model_not_ready"
         first = asyncio.create_task(http.post("/v1/completions", json=body))

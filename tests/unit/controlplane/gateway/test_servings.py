@@ -62,8 +62,9 @@ def test_a_serving_without_a_revision_is_known_by_name_with_the_reason() -> None
     }
     found, pending = named([serving("m", status={"revision": ""}), serving("n", status=refused)])
     assert not found
-    assert pending["m"].demand == "ns/m" and "not been fetched" in pending["m"].why
-    assert "no such file" in pending["n"].why
+    first, second = pending
+    assert (first.id, first.demand) == ("m", "ns/m") and "not been fetched" in first.why
+    assert second.id == "n" and "no such file" in second.why
 
 
 def test_the_stage_is_what_keeps_it_from_being_ready() -> None:
