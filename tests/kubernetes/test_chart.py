@@ -313,6 +313,11 @@ def test_pods_that_the_operator_makes_of_pools_are_valid_and_restricted(render: 
         assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == listening
 
 
+def test_a_profile_computes_with_the_cores_it_asks_for() -> None:
+    for name, profile in DEFAULTS["resourceProfiles"].items():
+        assert str(profile["threads"]) == profile["resources"]["requests"]["cpu"], name
+
+
 def test_every_field_of_a_pool_can_be_set(render: Render) -> None:
     """But for those that the chart makes of its own values."""
     made = {"accelerator", "image_pull_policy", "image_pull_secrets"}

@@ -117,7 +117,10 @@ class WarmPoolSpec(Part):
         default=1, ge=1, le=64, description="Ranks that share each model, a device each."
     )
     threads: int = Field(
-        default=0, ge=0, le=1024, description="Compute threads; 0: the cores that the pod may use."
+        default=0,
+        ge=0,
+        le=1024,
+        description="Compute threads; 0: all cores of the node, or of the pod's cpuset where it has one.",
     )
     resources: Resources = Field(default=Resources(), description="Of the executor's container.")
     args: list[str] = Field(
