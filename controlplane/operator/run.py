@@ -135,11 +135,6 @@ class Process:
                 await redis.aclose()
 
     @property
-    def alive(self) -> bool:
-        """Answering at all shows that the loop turns."""
-        return True
-
-    @property
     def ready(self) -> bool:
         """A follower is ready: it waits as it should."""
         operator = self.operator
@@ -150,12 +145,17 @@ class Process:
 
 @contextlib.asynccontextmanager
 async def _probes(process: Process, settings: OperatorSettings) -> AsyncIterator[None]:
-    async def answer(good: bool) -> web.Response:
-        return web.Response(text="ok\n" if good else "not ready\n", status=200 if good else 503)
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")  # answering at all shows that the loop turns
+
+    async def readiness(_: web.Request) -> web.Response:
+        return web.Response(
+            text="ok\n" if process.ready else "not ready\n", status=200 if process.ready else 503
+        )
 
     app = web.Application()
-    app.router.add_get("/healthz", lambda _: answer(process.alive))
-    app.router.add_get("/readyz", lambda _: answer(process.ready))
+    app.router.add_get("/healthz", health)
+    app.router.add_get("/readyz", readiness)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:

@@ -31,6 +31,7 @@ from controlplane.operator.statuses import conditions_of, write_status
 if TYPE_CHECKING:
     from controlplane.operator.cluster import Cluster
 
+SOMEBODY = "scale"
 OURS = {OWNER_OPERATOR, OWNER_ACTIVATOR, OWNER_AUTOSCALER}
 
 
@@ -75,9 +76,14 @@ def read_pool(obj: Json) -> WarmPool:
 
 
 def replicas_owner(scaler: Json) -> str:
-    """The field manager that wrote spec.replicas last; "" if nobody is named."""
-    found = ("", "")
-    for entry in scaler["metadata"].get("managedFields") or ():
+    """The field manager that wrote spec.replicas last; "" if none is known.
+
+    Zero set through /scale is owned by nobody: a Scale leaves a zero out, and with it the owner. None of ours
+    writes there, so it was somebody else.
+    """
+    entries = scaler["metadata"].get("managedFields") or ()
+    found = ("", SOMEBODY if entries else "")
+    for entry in entries:
         spec = (entry.get("fieldsV1") or {}).get("f:spec") or {}
         if "f:replicas" in spec and entry.get("subresource") != "status":
             found = max(found, (str(entry.get("time") or ""), str(entry.get("manager") or "")))

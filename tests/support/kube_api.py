@@ -302,6 +302,9 @@ class KubeApiServer(kmock.KubernetesEmulator):
         meta.pop("resourceVersion", None)
         if self.track_owners:
             meta["managedFields"] = self._owners(old, new, manager, applied, force)
+            if subresource == "scale" and not new["spec"].get("replicas"):
+                for entry in meta["managedFields"]:  # a Scale leaves a zero out, and with it the owner
+                    entry["fieldsV1"].get("f:spec", {}).pop("f:replicas", None)
         if old is not None and without_version(old) == without_version(new):
             return old
         self.version += 1
@@ -500,10 +503,17 @@ def set_path(obj: Json, path: str, value: Any) -> None:
 
 
 def remove_path(obj: Json, path: str) -> None:
-    *parents, last = path.split("\0")
-    for name in parents:
-        obj = obj.get(name) or {}
-    obj.pop(last, None)
+    """Removes a value, and the objects around it that are empty without it. `obj` is a copy of its own."""
+    name, _, rest = path.partition("\0")
+    if not rest:
+        obj.pop(name, None)
+        return
+    child = obj.get(name)
+    if isinstance(child, dict):
+        obj[name] = dict(child)
+        remove_path(obj[name], rest)
+        if not obj[name]:
+            del obj[name]
 
 
 def fields_v1(paths: set[str]) -> Json:

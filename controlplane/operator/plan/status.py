@@ -128,7 +128,8 @@ def _ready(facts: Facts, rest: Sequence[Said]) -> Said:
         why = f" {bad[0].message}" if bad else ""
         return said(True, Reason.DEGRADED, f"{_executors(short)} of {wanted} missing.{why}")
     if works:
-        return said(True, Reason.SERVING, f"{_executors(sum(serving.values()))} serve.")
+        count = sum(serving.values())
+        return said(True, Reason.SERVING, f"{_executors(count)} {'serves' if count == 1 else 'serve'}.")
     if bad and bad[0].reason not in (Reason.LOADING, Reason.PODS_NOT_READY, Reason.POOL_EMPTY):
         return said(False, bad[0].reason, bad[0].message)
     return said(False, Reason.WAKING if facts.waking else Reason.STARTING, bad[0].message if bad else "")
