@@ -82,12 +82,15 @@ def replicas_owner(scaler: Json) -> str:
     writes there, so it was somebody else.
     """
     entries = scaler["metadata"].get("managedFields") or ()
-    found = ("", SOMEBODY if entries else "")
-    for entry in entries:
-        spec = (entry.get("fieldsV1") or {}).get("f:spec") or {}
-        if "f:replicas" in spec and entry.get("subresource") != "status":
-            found = max(found, (str(entry.get("time") or ""), str(entry.get("manager") or "")))
-    return found[1]
+    owners = [
+        (str(entry.get("time") or ""), str(entry.get("manager") or ""))
+        for entry in entries
+        if "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
+        and entry.get("subresource") != "status"
+    ]
+    if owners:
+        return max(owners)[1]
+    return SOMEBODY if entries else ""
 
 
 def override_of(scaler: Json, hold_seconds: float, now: float) -> Json | None:

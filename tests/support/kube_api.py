@@ -29,6 +29,7 @@ import kmock
 
 Json = dict[str, Any]
 Key = tuple[str, str, str]  # plural, namespace, name
+Writer = tuple[str, str, str]  # manager, operation, subresource
 
 HISTORY = 200_000
 BOOKMARK_SECONDS = 1.0
@@ -260,17 +261,18 @@ class KubeApiServer(kmock.KubernetesEmulator):
                 if (path.split("\0")[0] == "status") is (subresource == "status")
             }
         owners = owners_of(old)
+        writer = (manager, "Apply", subresource)
         conflicts = {
-            owner
+            owner[0]
             for path, value in wanted.items()
             for owner, paths in owners.items()
-            if owner != manager and path in paths and old_fields.get(path) != value
+            if owner != writer and path in paths and old_fields.get(path) != value
         }
         if conflicts and not force:
             raise Refused(409, "Conflict", f"Apply failed with conflicts with {sorted(conflicts)}")
         new = copy.deepcopy(old) if old is not None else {"metadata": {"name": name, "namespace": namespace}}
-        for path in owners.get(manager, set()) - set(wanted):
-            if not any(path in paths for owner, paths in owners.items() if owner != manager):
+        for path in owners.get(writer, set()) - set(wanted):
+            if not any(path in paths for owner, paths in owners.items() if owner != writer):
                 remove_path(new, path)
         for path, value in wanted.items():
             set_path(new, path, value)
@@ -301,7 +303,8 @@ class KubeApiServer(kmock.KubernetesEmulator):
                 meta["generation"] = int(old["metadata"].get("generation", 1)) + bumped
         meta.pop("resourceVersion", None)
         if self.track_owners:
-            meta["managedFields"] = self._owners(old, new, manager, applied, force)
+            writer = (manager, "Update" if applied is None else "Apply", subresource)
+            meta["managedFields"] = self._owners(old, new, writer, applied, force)
             if subresource == "scale" and not new["spec"].get("replicas"):
                 for entry in meta["managedFields"]:  # a Scale leaves a zero out, and with it the owner
                     entry["fieldsV1"].get("f:spec", {}).pop("f:replicas", None)
@@ -323,26 +326,24 @@ class KubeApiServer(kmock.KubernetesEmulator):
         return new
 
     def _owners(
-        self, old: Json | None, new: Json, manager: str, applied: set[str] | None, force: bool
+        self, old: Json | None, new: Json, writer: Writer, applied: set[str] | None, force: bool
     ) -> list[Json]:
         owners = owners_of(old)
         if applied is not None:
             mine = applied
-            for owner in list(owners):
-                if owner != manager and force:
-                    owners[owner] -= applied
+            taken = applied if force else set()
         else:
             before, after = leaves(content(old)) if old else {}, leaves(content(new))
-            changed = {path for path, value in after.items() if path not in before or before[path] != value}
-            mine = owners.get(manager, set()) | changed
-            for owner in owners:
-                if owner != manager:
-                    owners[owner] -= changed
-        owners[manager] = mine
+            taken = {path for path, value in after.items() if path not in before or before[path] != value}
+            mine = owners.get(writer, set()) | taken
+        for owner in owners:
+            if owner != writer:
+                owners[owner] -= taken
+        owners[writer] = mine
         return [
-            {"manager": owner, "operation": "Apply" if owner == manager and applied is not None else "Update",
-             "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": fields_v1(paths)}
-            for owner, paths in owners.items() if paths
+            {"manager": manager, "operation": operation, "subresource": subresource, "apiVersion": "v1",
+             "fieldsType": "FieldsV1", "fieldsV1": fields_v1(paths)}
+            for (manager, operation, subresource), paths in owners.items() if paths
         ]  # fmt: skip
 
     def _remove(self, key: Key, obj: Json, *, counted: bool = False) -> None:
@@ -525,11 +526,12 @@ def fields_v1(paths: set[str]) -> Json:
     return tree
 
 
-def owners_of(obj: Json | None) -> dict[str, set[str]]:
-    owners: dict[str, set[str]] = {}
+def owners_of(obj: Json | None) -> dict[Writer, set[str]]:
+    owners: dict[Writer, set[str]] = {}
     for entry in ((obj or {}).get("metadata") or {}).get("managedFields") or ():
         paths = {path.replace("f:", "") for path in leaves(entry["fieldsV1"])}
-        owners.setdefault(entry["manager"], set()).update(paths)
+        writer = (entry["manager"], entry["operation"], entry["subresource"])
+        owners.setdefault(writer, set()).update(paths)
     return owners
 
 
