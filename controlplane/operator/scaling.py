@@ -234,12 +234,11 @@ class ScalingLoop:
         # Zero that somebody set in Auto mode is his word; where others set all counts, it only means idle.
         if overridden and serving.spec.scaling.mode is not ScalingMode.MANUAL:
             return False
+        waits = f"{held} requests wait" if held else "a request came"
         changes = []
         for role, scaler in objects.items():
             await scalers.set_replicas(self._cluster, scaler, 1, OWNER_ACTIVATOR)
-            changes.append(
-                Change(TaskRole(role.value), 0, 1, autoscale.Cause.QUEUE_TIME, f"{held} requests wait")
-            )
+            changes.append(Change(TaskRole(role.value), 0, 1, autoscale.Cause.QUEUE_TIME, waits))
         model.wake_began, model.zero_since = self._wall(), None
         state.waking = True
         path = "warm" if self._warm(key, serving) else "cold"
@@ -250,7 +249,7 @@ class ScalingLoop:
             MODEL_SERVINGS.kind,
             MODEL_SERVINGS.api_version,
             Reason.ACTIVATED.value,
-            f"{held} requests wait",
+            waits,
         )
         await self._history(obj, changes, advisory=False, by="activator", reason=Reason.ACTIVATED.value)
         self._cluster.on_serving(key)

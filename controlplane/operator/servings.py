@@ -317,6 +317,7 @@ class ServingController:
         before = fresh.get("status") or {}
         status: Json = {
             "observedGeneration": generation,
+            "modelId": serving.model_id,
             "conditions": conditions_of(conditions(facts), before, generation, self._wall()),
             "replicas": summary(want, plan),
             "readyReplicas": sum(serving_count for serving_count, _, _ in plan.counts.values()),
