@@ -27,6 +27,7 @@ from controlplane.gateway.run import Run
 from controlplane.gateway.settings import GatewaySettings
 from controlplane.gateway.wake import Stage, Wake, WakeTimes, seconds_left
 from controlplane.jobs.serving import ServingExecutor
+from controlplane.scheduling.admission import DropReason
 
 Tell = Callable[[Wake], Awaitable[None]]
 
@@ -35,6 +36,10 @@ RETRY_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5.0
 """Told where nothing is known of how long a start takes (ours: a warm start of a small model)."""
 RETRY_AFTER_MAX_SECONDS = 60.0
+
+# Bounds: label in the metric, what is told, reason of the refusal.
+_REQUESTS = ("hold_requests", "as many requests as may", DropReason.REJECTED_QUEUE_FULL)
+_BYTES = ("hold_bytes", "as many bytes as may", DropReason.REJECTED_QUEUE_BYTES)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,15 +79,17 @@ class Held:
         outcome = "left"
         try:
             await self._wait(tell)
+            executor = self._holding.executor
             while True:
-                try:
-                    run.submit(self._holding.executor)
-                    break
-                except ApiError as error:
-                    # Held and then refused for want of a place, it would have waited for nothing.
-                    if error.code != "queue_full" or run.context.job_id or self.overdue:
-                        outcome = "refused"
-                        raise
+                # Refused now for want of a place, it would have waited for nothing.
+                if executor.accepting or self.overdue:
+                    try:
+                        run.submit(executor)
+                        break
+                    except ApiError as error:
+                        if error.code != "queue_full" or run.context.job_id or self.overdue:
+                            outcome = "refused"
+                            raise
                 await asyncio.sleep(RETRY_SECONDS)
             outcome = "served"
         except ApiError as error:
@@ -144,9 +151,9 @@ class Holding:
         limits = entry.hold or self._limits()
         held, used = (len(sleeping.held), sleeping.bytes) if sleeping is not None else (0, 0)
         if held >= limits.requests:
-            raise self._full(entry, sleeping, "hold_requests", f"{limits.requests} requests")
+            raise _full(entry.id, _REQUESTS, self._retry_after(sleeping))
         if used + size > limits.bytes or self._bytes + size > self.settings.hold_total_bytes:
-            raise self._full(entry, sleeping, "hold_bytes", "the bytes that may be held")
+            raise _full(entry.id, _BYTES, self._retry_after(sleeping))
         if sleeping is None:
             sleeping = self._sleeping[entry.revision] = _Sleeping(entry, self.clock())
         self._number += 1
@@ -164,11 +171,10 @@ class Holding:
         if pending is None:
             return catalogue.resolve(name)
         settings, key = self.settings, pending.demand
-        full = self._bytes + size > settings.hold_total_bytes
-        if full or self._held[key] >= settings.hold_requests:
-            metrics.LIMITED.labels("hold_bytes" if full else "hold_requests").inc()
-            message = f"The model `{name}` is starting, and too many requests wait for it already."
-            raise ApiError(429, message, code="hold_full", retry_after=RETRY_AFTER_SECONDS)
+        if self._held[key] >= settings.hold_requests:
+            raise _full(pending.id, _REQUESTS, RETRY_AFTER_SECONDS)
+        if self._bytes + size > settings.hold_total_bytes:
+            raise _full(pending.id, _BYTES, RETRY_AFTER_SECONDS)
         self._add(key, 1, size)
         try:
             with contextlib.suppress(TimeoutError):
@@ -252,11 +258,6 @@ class Holding:
         left = self.wake(sleeping, 0.0).left if sleeping is not None else None
         return min(RETRY_AFTER_SECONDS if left is None else left, RETRY_AFTER_MAX_SECONDS)
 
-    def _full(self, entry: CatalogueEntry, sleeping: _Sleeping | None, bound: str, what: str) -> ApiError:
-        metrics.LIMITED.labels(bound).inc()
-        message = f"The model `{entry.id}` is starting, and {what} wait for it already."
-        return ApiError(429, message, code="hold_full", retry_after=self._retry_after(sleeping))
-
     def _expired(self, sleeping: _Sleeping, ticket: Held) -> ApiError:
         waited = self.clock() - ticket.since
         detail = self._stage(sleeping.entry)
@@ -266,4 +267,12 @@ class Holding:
             f"The model `{sleeping.entry.id}` did not start within {waited:.0f} s{why}.",
             code="wake_timeout",
             retry_after=self._retry_after(sleeping),
+            drop_reason=DropReason.EVICTED_TIMEOUT,
         )
+
+
+def _full(name: str, bound: tuple[str, str, DropReason], retry_after: float) -> ApiError:
+    label, what, reason = bound
+    metrics.LIMITED.labels(label).inc()
+    message = f"The model `{name}` is starting, and {what} wait for it already."
+    return ApiError(429, message, code="hold_full", retry_after=retry_after, drop_reason=reason)

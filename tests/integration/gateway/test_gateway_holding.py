@@ -98,6 +98,7 @@ async def test_too_many_are_refused_at_once_with_retry_after(start: StartStack) 
     refused = await ask(stack)
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "hold_full"
+    assert refused.headers["x-deepflow-drop-reason"] == "rejected-queue-full"
     streamed = await stream("127.0.0.1", stack.port, PATH, payload())
     assert streamed.status == 429, "a refused stream keeps its status"
     stack.executor.serving = True
