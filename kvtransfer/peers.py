@@ -25,11 +25,13 @@ from kvtransfer import metrics
 from kvtransfer.channel import open_channel
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, error_of
 from kvtransfer.layout import KVLayout, LayoutMismatch
-from kvtransfer.pool import HostPool, PoolError
+from kvtransfer.pool import BlockStore, HostPool, PoolError
 from kvtransfer.reshape import Reshaper
 from kvtransfer.shm import request_pool
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.choice import Mode, Opener, open_best
+from kvtransfer.transports.collective import NAME as COLLECTIVE
+from kvtransfer.transports.collective import CollectiveTransport, FarEnd
 from kvtransfer.transports.grpc_read import GrpcTransport
 from kvtransfer.transports.onesided import LIBRARIES, OneSidedTransport, Registered
 from kvtransfer.transports.shm import ShmTransport
@@ -59,6 +61,7 @@ class LocalEnd:
     host: str  # this executor's address, for libraries that listen
     copy_workers: ThreadPoolExecutor
     stream_workers: ThreadPoolExecutor
+    pool: BlockStore
     attempt: int = 0  # of the task that pulls
 
     @property
@@ -174,6 +177,9 @@ class Peer:
                     OneSidedTransport.open, offer.name, local.receiver, local.host, source, theirs
                 )
                 continue
+            elif offer.name == COLLECTIVE and local.transports == COLLECTIVE:
+                openers[COLLECTIVE] = functools.partial(self._open_collective, local, offer.address)
+                continue
             else:
                 continue  # of a newer peer, or out of our reach
             end = StreamEnd(offer.name, address, self.incarnation, local.token)
@@ -181,6 +187,20 @@ class Peer:
                 StreamTransport.open, end, local.stream_workers, local.peer_timeout
             )
         return openers
+
+    async def _open_collective(self, local: LocalEnd, offered: str) -> Transport:
+        """Raises TransportUnavailable."""
+        far = FarEnd(
+            str(self),
+            offered,
+            functools.partial(self.stub.Meet, metadata=local.metadata, timeout=local.peer_timeout),
+            self.read,
+            local.metadata,
+            local.receiver,
+            local.host,
+            local.pool,
+        )
+        return await CollectiveTransport.open(far, local.copy_workers, local.peer_timeout)
 
     async def _open_shm(self, local: LocalEnd, theirs: KVLayout, path: Path, pool_id: str) -> ShmTransport:
         """Maps the peer's pool. Raises TransportUnavailable."""

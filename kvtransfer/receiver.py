@@ -473,6 +473,7 @@ class Receiver:
             self._host,
             self._workers,
             self._streams,
+            store,
             attempt=attempt,
         )
 

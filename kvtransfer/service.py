@@ -25,6 +25,8 @@ from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool
 from kvtransfer.sender import Chunk, Sender
 from kvtransfer.shm import PoolServer, host_identity
+from kvtransfer.transports.collective import NAME as COLLECTIVE
+from kvtransfer.transports.collective_serve import Groups
 from kvtransfer.transports.grpc_serve import read_frames
 from kvtransfer.transports.onesided import LIBRARIES, Source
 from kvtransfer.transports.stream_server import StreamServer
@@ -54,7 +56,7 @@ thread, must not wait for a step. Raises TransferError (NOT_CACHED, BUSY)."""
 class KVTransferService:
     """Serves one Sender. Without `shm_dir` nothing is shared on the host; `data_listen` is the host and
     port of the data socket (port 0: any), without it other hosts read over gRPC. `library` ("nixl",
-    "mooncake") reads the pool at `host`, where it is asked for."""
+    "mooncake") reads the pool at `host`, where it is asked for, or "collective" sends it."""
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class KVTransferService:
         self._host = host
         self._registered: tuple[str, Source] | None = None  # of the pool with this id
         self._registering = asyncio.Lock()
+        self._groups = Groups(sender, host) if library == COLLECTIVE else None
         self._reads = asyncio.Semaphore(max_reads)
         self._waiting_reads = 0
         self._watches = 0
@@ -111,6 +114,7 @@ class KVTransferService:
                         "Renew": unary(self.renew, pb.RenewRequest, pb.RenewResponse),
                         "Finish": unary(self.finish, pb.FinishRequest, pb.FinishResponse),
                         "OpenPrefix": unary(self.open_prefix, pb.OpenPrefixRequest, pb.OpenPrefixResponse),
+                        "Meet": unary(self.meet, pb.MeetRequest, pb.MeetResponse),
                         "Watch": grpc.unary_stream_rpc_method_handler(
                             self.watch,
                             request_deserializer=pb.WatchRequest.FromString,
@@ -175,6 +179,8 @@ class KVTransferService:
     def detach_store(self, reason: str = "the model was unloaded") -> None:
         self.sender.detach_store(reason)
         self._registered = None
+        if self._groups is not None:
+            self._groups.close()
 
     async def _reap(self) -> None:
         interval = min(MAX_REAP_SECONDS, self.sender.lease_seconds / 10)
@@ -215,6 +221,9 @@ class KVTransferService:
 
     async def _register(self, store: BlockStore, pool_id: str) -> pb.TransportOffer | None:
         """The configured library's offer; made once for each pool, None without it."""
+        if self._groups is not None:
+            offered = await self._groups.offered(store)
+            return pb.TransportOffer(name=COLLECTIVE, address=offered) if offered else None
         if self._library not in LIBRARIES or not isinstance(store, HostPool):
             return None
         async with self._registering:
@@ -293,13 +302,30 @@ class KVTransferService:
             self._waiting_reads -= 1
         metrics.ACTIVE_READS.inc()
         try:
-            async for frame in read_frames(self.sender, request):
-                yield frame
+            if request.group and self._groups is None:
+                raise TransferError(TransferErrorCode.STALE_POOL, "no groups are met here")
+            if request.group and self._groups is not None:
+                frames = self._groups.read(request)
+            else:
+                frames = read_frames(self.sender, request)
+            async with contextlib.aclosing(frames):
+                async for frame in frames:
+                    yield frame
         except TransferError as error:
             await _abort(context, error)
         finally:
             metrics.ACTIVE_READS.dec()
             self._reads.release()
+
+    async def meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetResponse:
+        """The board of a group of torch.distributed, see kvtransfer.transports.collective."""
+        store = self.sender.store
+        try:
+            if self._groups is None or store is None:
+                raise TransferError(TransferErrorCode.STALE_POOL, "no groups are met here")
+            return await self._groups.meet(request, store)
+        except TransferError as error:
+            await _abort(context, error)
 
     async def renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         try:

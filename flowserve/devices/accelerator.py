@@ -52,6 +52,11 @@ class DeviceStore:
     def view(self, start: int, count: int) -> None:
         return None
 
+    @property
+    def device_pages(self) -> torch.Tensor:
+        """`[blocks, *layout.shape]` where they lie, for `kvtransfer.transports.pair`."""
+        return self._pages
+
     def load(self, start: int, count: int) -> memoryview:
         host = self._pages[start : start + count].cpu().contiguous()
         return host.view(-1).view(torch.uint8).numpy().data

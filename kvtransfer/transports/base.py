@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from deepflow.v1 import kvtransfer_pb2 as pb
 
+from kvtransfer.native import Stop, copy_pieces
 from kvtransfer.pool import BlockStore
 from kvtransfer.runs import Move
 
@@ -114,6 +116,18 @@ def frames_of(runs: Iterator[tuple[int, int]], frame_blocks: int) -> Iterator[li
                 frame, room = [], frame_blocks
     if frame:
         yield frame
+
+
+def place(store: BlockStore, blocks: Sequence[int], data: memoryview) -> None:
+    """Puts whole blocks that lie one after the other in `data` where they belong. Blocks the thread."""
+    size = store.layout.block_bytes
+    target = store.view(0, store.num_blocks)
+    if target is None:
+        for at, block in enumerate(blocks):
+            store.store(block, data[at * size : (at + 1) * size])
+        return
+    rows = np.array([(at, block, 1) for at, block in enumerate(blocks)], np.int64) * size
+    copy_pieces(target, data, rows, Stop())
 
 
 async def run_quarantined(

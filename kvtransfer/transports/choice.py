@@ -17,7 +17,7 @@ from kvtransfer.transports.base import Transport
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["auto", "shm", "unix", "tcp", "grpc", "nixl", "mooncake"]
+Mode = Literal["auto", "shm", "unix", "tcp", "grpc", "nixl", "mooncake", "collective"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 BEST_FIRST = ("shm", "unix", "tcp", "grpc")
 """By rate, as tests/bench/kv_transfer.py measures it over one host."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from deepflow.v1 import kvtransfer_pb2 as pb
 
@@ -16,7 +16,7 @@ from kvtransfer.transports.base import frames_of
 from kvtransfer.transports.source import ReadPlan
 
 
-async def read_frames(sender: Sender, request: pb.ReadRequest) -> AsyncIterator[bytes]:
+async def read_frames(sender: Sender, request: pb.ReadRequest) -> AsyncGenerator[bytes, None]:
     """The serialized messages of a Read. A message goes out only if no block of it moved while it was copied.
 
     Small runs share a message. Raises TransferError.

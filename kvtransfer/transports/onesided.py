@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable
 from kvtransfer.layout import KVLayout
-from kvtransfer.native import Pieces, Stop, copy_pieces
+from kvtransfer.native import Pieces, Stop
 from kvtransfer.pool import HostPool
-from kvtransfer.transports.base import Job, run_quarantined
+from kvtransfer.transports.base import Job, place, run_quarantined
 from kvtransfer.transports.shm import head_pieces
 
 STAGED_BYTES = 16 << 20
@@ -229,7 +229,7 @@ class OneSidedTransport:
                     return
                 self._read_pages(job, src, deadline)
                 self._verify(src, np.array([job.generations[block] for block in src], np.uint64), deadline)
-                self._place(job, dst)
+                place(job.destination, dst, self._staging.data)
         except OSError as error:  # TimeoutError among them: the read may still be under way
             self._lost = True
             _given_up.append((self._library, self._staging, self._seen))
@@ -261,16 +261,6 @@ class OneSidedTransport:
             raise TransferError(
                 TransferErrorCode.GENERATION_MOVED, "the sender reused blocks while they were read"
             )
-
-    def _place(self, job: Job, dst: list[int]) -> None:
-        size = job.block_bytes
-        target = job.destination.view(0, job.destination.num_blocks)
-        if target is None:
-            for at, block in enumerate(dst):
-                job.destination.store(block, self._staging[at * size : (at + 1) * size].data)
-            return
-        rows = np.array([(at, block, 1) for at, block in enumerate(dst)], np.int64) * size
-        copy_pieces(target, self._staging.data, rows, Stop())
 
 
 def runs_as_rows(blocks: list[int]) -> Pieces:

@@ -40,6 +40,8 @@ PEER_SECONDS = 0.8
 GARBAGE = 0xEE
 SLOW_SECONDS = 0.05
 TOO_LITTLE = "pool_full"
+START_SECONDS = 240.0
+"""A machine whose every core has ten others waiting took more than 60."""
 _ids = itertools.count()
 
 
@@ -176,7 +178,7 @@ class Decode:
             for name in transports
             for slow in (False, True)
         }
-        self.pulls: dict[str, asyncio.Task[None]] = {}
+        self.pulls: dict[str, asyncio.Task[str]] = {}
 
     async def start(self) -> dict[str, Any]:
         return {}
@@ -190,15 +192,24 @@ class Decode:
         if taken is None:
             return TOO_LITTLE
         source = (self.receivers[transport, slow], address, incarnation, transfer_id, attempt)
-        task = asyncio.create_task(self._pull(key, source, seed, taken, skip, seconds))
+        task = asyncio.create_task(self._pull(source, seed, taken, skip, seconds))
         self.pulls[key] = task
-        task.add_done_callback(lambda _: self.pulls.pop(key))
+        # Not in the coroutine: one that is cancelled before its first step never runs.
+        task.add_done_callback(lambda done: self._done(key, taken, done))
         return "ok"
 
+    def _done(self, key: str, blocks: list[int], pull: asyncio.Task[str]) -> None:
+        del self.pulls[key]
+        outcome = "cancelled" if pull.cancelled() else str(pull.exception() or pull.result())
+        if self.slow.writing & set(blocks):
+            outcome = "written after its end"
+        self.blocks.give(blocks)
+        self.tell("done", key, outcome)
+
     async def _pull(
-        self, key: str, source: tuple[Receiver, str, str, str, int], seed: int, blocks: list[int], skip: int,
+        self, source: tuple[Receiver, str, str, str, int], seed: int, blocks: list[int], skip: int,
         seconds: float,
-    ) -> None:  # fmt: skip
+    ) -> str:  # fmt: skip
         receiver, address, incarnation, transfer_id, attempt = source
         loop = asyncio.get_running_loop()
         for index, block in enumerate(blocks[:skip]):
@@ -211,15 +222,9 @@ class Decode:
             good = result.payload == transfer_id.encode() and all(
                 bytes(self.pool.view(block, 1)) == page(seed, index) for index, block in enumerate(blocks)
             )
-            outcome = "ok" if good else "corrupt"
         except TransferError as error:
-            outcome = error.code.name
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-        if self.slow.writing & set(blocks):
-            outcome = "written after its end"
-        self.blocks.give(blocks)
-        self.tell("done", key, outcome)
+            return error.code.name
+        return "ok" if good else "corrupt"
 
     async def cancel(self, key: str) -> None:
         if key in self.pulls:
@@ -270,7 +275,7 @@ class Node:
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._read)
 
     async def started(self) -> dict[str, Any]:
-        found: dict[str, Any] = await self.call("start", seconds=60)
+        found: dict[str, Any] = await self.call("start", seconds=START_SECONDS)
         return found
 
     async def call(self, method: str, *args: Any, seconds: float = 20.0) -> Any:

@@ -251,7 +251,9 @@ class TransportOffer(_message.Message):
     address: _builtins.str
     """"unix": name of the socket in the shared folder; "tcp": port at the sender's host"""
     library: _builtins.bytes
-    """"nixl", "mooncake": the library's own description of the sender"""
+    """"collective": backends of torch.distributed, best first, with commas between
+    "nixl", "mooncake": the library's own description of the sender
+    """
     pages: _builtins.int
     """address of the pool's pages there"""
     table: _builtins.int
@@ -451,6 +453,7 @@ class ReadRequest(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     FIRST_HEAD_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     receiver: _builtins.str
     checksum: _builtins.bool
@@ -458,6 +461,8 @@ class ReadRequest(_message.Message):
     """of the heads that are wanted of each block"""
     heads: _builtins.int
     """0 = all of them"""
+    group: _builtins.str
+    """of a Meet: the bytes go through it, the answers say how far they are"""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRun]:
         """in the sender's pool, within announced chunks"""
@@ -476,10 +481,11 @@ class ReadRequest(_message.Message):
         checksum: _builtins.bool = ...,
         first_head: _builtins.int = ...,
         heads: _builtins.int = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_head", b"first_head", "generations", b"generations", "heads", b"heads", "receiver", b"receiver", "runs", b"runs", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_head", b"first_head", "generations", b"generations", "group", b"group", "heads", b"heads", "receiver", b"receiver", "runs", b"runs", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -493,18 +499,22 @@ class ReadChunk(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     crc32: _builtins.int
-    """of data, where asked for"""
+    """of data, where asked for; of the last frame of a group's"""
+    sent: _builtins.int
+    """frames of a group that were sent, and whose blocks nobody reused meanwhile"""
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
         crc32: _builtins.int = ...,
+        sent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "data", b"data", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,3 +657,67 @@ class OpenPrefixResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenPrefixResponse: _TypeAlias = OpenPrefixResponse  # noqa: Y015
+
+@_typing.final
+class MeetRequest(_message.Message):
+    """How two ends make a group of torch.distributed: what each says of itself lies on a board of the sender,
+    one for each group. The first call for a group makes the sender join it, and leave the receiver's last one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIVER_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    PUT_FIELD_NUMBER: _builtins.int
+    receiver: _builtins.str
+    group: _builtins.str
+    """random; another for each group"""
+    backend: _builtins.str
+    """one of those that were offered"""
+    key: _builtins.str
+    """on the board; "" = only joins"""
+    value: _builtins.bytes
+    put: _builtins.bool
+    """writes the value; otherwise reads it"""
+    def __init__(
+        self,
+        *,
+        receiver: _builtins.str = ...,
+        group: _builtins.str = ...,
+        backend: _builtins.str = ...,
+        key: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+        put: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "group", b"group", "key", b"key", "put", b"put", "receiver", b"receiver", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeetRequest: _TypeAlias = MeetRequest  # noqa: Y015
+
+@_typing.final
+class MeetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    found: _builtins.bool
+    value: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        found: _builtins.bool = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeetResponse: _TypeAlias = MeetResponse  # noqa: Y015

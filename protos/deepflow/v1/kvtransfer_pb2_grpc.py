@@ -64,6 +64,11 @@ class KVTransferStub:
                 request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixRequest.SerializeToString,
                 response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixResponse.FromString,
                 _registered_method=True)
+        self.Meet = channel.unary_unary(
+                '/deepflow.v1.KVTransfer/Meet',
+                request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.SerializeToString,
+                response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.FromString,
+                _registered_method=True)
 
 
 class KVTransferServicer:
@@ -106,6 +111,12 @@ class KVTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Meet(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -138,6 +149,11 @@ def add_KVTransferServicer_to_server(servicer, server):
                     servicer.OpenPrefix,
                     request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixRequest.FromString,
                     response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixResponse.SerializeToString,
+            ),
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.FromString,
+                    response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -302,6 +318,33 @@ class KVTransfer:
             '/deepflow.v1.KVTransfer/OpenPrefix',
             deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixRequest.SerializeToString,
             deepflow_dot_v1_dot_kvtransfer__pb2.OpenPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deepflow.v1.KVTransfer/Meet',
+            deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.SerializeToString,
+            deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,7 @@ class KVTransferStub:
     Finish: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.FinishRequest, _kvtransfer_pb2.FinishResponse]
     OpenPrefix: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.OpenPrefixRequest, _kvtransfer_pb2.OpenPrefixResponse]
     """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
+    Meet: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.MeetRequest, _kvtransfer_pb2.MeetResponse]
 
 @_typing.type_check_only
 class KVTransferAsyncStub(KVTransferStub):
@@ -63,6 +64,7 @@ class KVTransferAsyncStub(KVTransferStub):
     Finish: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.FinishRequest, _kvtransfer_pb2.FinishResponse]  # type: ignore[assignment]
     OpenPrefix: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.OpenPrefixRequest, _kvtransfer_pb2.OpenPrefixResponse]  # type: ignore[assignment]
     """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
+    Meet: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.MeetRequest, _kvtransfer_pb2.MeetResponse]  # type: ignore[assignment]
 
 class KVTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -107,5 +109,12 @@ class KVTransferServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.OpenPrefixResponse, _abc.Awaitable[_kvtransfer_pb2.OpenPrefixResponse]]:
         """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
+
+    @_abc_1.abstractmethod
+    def Meet(
+        self,
+        request: _kvtransfer_pb2.MeetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvtransfer_pb2.MeetResponse, _abc.Awaitable[_kvtransfer_pb2.MeetResponse]]: ...
 
 def add_KVTransferServicer_to_server(servicer: KVTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
