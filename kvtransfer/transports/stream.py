@@ -122,6 +122,10 @@ class _Copy:
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def run(self) -> None:
+        with self._io.blocking():
+            self._run()
+
+    def _run(self) -> None:
         request = self._job.read_request().SerializeToString()
         self._io.send([memoryview(wire.LENGTH.pack(len(request)) + request)])
         head = bytearray(wire.STATUS.size)

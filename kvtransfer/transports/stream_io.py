@@ -1,22 +1,24 @@
-"""Vectored reads and writes of whole buffers on a non-blocking socket, for worker threads.
+"""Vectored reads and writes of whole buffers on a socket, for worker threads.
 
-The socket stays non-blocking because the event loop uses it between two copies. `progress` bounds the
-time without a byte, `stop` ends a wait from another thread (which also shuts the socket down).
+The socket blocks while a copy runs: one call moves megabytes, and the kernel waits inside it. Between two
+copies it is the event loop's, which needs it non-blocking. `progress` bounds the time without a byte; `stop`
+ends a wait from another thread, with a shutdown of the socket.
 """
 
 from __future__ import annotations
 
-import select
+import contextlib
 import socket
+import struct
 import threading
-import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 IOV = 1000
 """Buffers of one call; Linux takes 1,024 (IOV_MAX)."""
-CALL_BYTES = 1 << 20
-"""Bytes of one call: the next one fills the buffer while the peer empties it."""
+CALL_BYTES = 4 << 20
+"""Bytes of one call: as many as a frame has, see FRAME_BYTES of `stream_wire`."""
+_TIMEVAL = struct.Struct("@ll")
 
 
 class Stopped(Exception):
@@ -24,19 +26,33 @@ class Stopped(Exception):
 
 
 class SocketIO:
+    """Use within `blocking`."""
+
     def __init__(self, connection: socket.socket, stop: threading.Event, progress: float) -> None:
         self._socket = connection
         self._stop = stop
         self._progress = progress
-        self._poller = select.poll()
+
+    @contextlib.contextmanager
+    def blocking(self) -> Iterator[None]:
+        """For the time of a copy. Raises OSError for a socket that was closed."""
+        bound = _TIMEVAL.pack(int(self._progress), int(self._progress % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+        self._socket.setblocking(True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self._socket.setblocking(False)
 
     def send(self, buffers: Sequence[memoryview]) -> None:
         """Writes all. Raises OSError (TimeoutError without progress), Stopped."""
-        self._all(buffers, self._socket.sendmsg, select.POLLOUT)
+        self._all(buffers, self._socket.sendmsg)
 
     def receive(self, buffers: Sequence[memoryview]) -> None:
         """Fills all. Raises as `send`; ConnectionError for an end before."""
-        self._all(buffers, self._read, select.POLLIN)
+        self._all(buffers, self._read)
 
     def receive_bytes(self, count: int) -> bytes:
         data = bytearray(count)
@@ -44,14 +60,12 @@ class SocketIO:
         return bytes(data)
 
     def _read(self, some: list[memoryview]) -> int:
-        count, _, _, _ = self._socket.recvmsg_into(some)
+        count, _, _, _ = self._socket.recvmsg_into(some, 0, socket.MSG_WAITALL)
         if not count:
             raise ConnectionError("the peer closed the connection")
         return count
 
-    def _all(
-        self, buffers: Sequence[memoryview], call: Callable[[list[memoryview]], int], event: int
-    ) -> None:
+    def _all(self, buffers: Sequence[memoryview], call: Callable[[list[memoryview]], int]) -> None:
         waiting = [buffer for buffer in reversed(buffers) if buffer]
         while waiting:
             if self._stop.is_set():
@@ -65,27 +79,14 @@ class SocketIO:
                     break
             try:
                 done = call(some)
-            except BlockingIOError:
-                self._wait(event)
-                continue
+            except BlockingIOError as error:
+                raise TimeoutError(f"no byte in {self._progress:g} s") from error
             while done:
                 buffer = waiting.pop()
                 if done < len(buffer):
                     waiting.append(buffer[done:])
                     break
                 done -= len(buffer)
-
-    def _wait(self, event: int) -> None:
-        self._poller.register(self._socket, event)
-        deadline = time.monotonic() + self._progress
-        while not self._stop.is_set():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no byte in {self._progress:g} s")
-            # `stop` comes with a shutdown of the socket, which wakes this at once.
-            if self._poller.poll(left * 1000):
-                return
-        raise Stopped
 
 
 def checksum(buffers: Sequence[memoryview]) -> int:

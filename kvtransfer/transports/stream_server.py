@@ -133,6 +133,10 @@ class _Answer:
 
     def run(self) -> None:
         """Raises OSError or Stopped for a connection that cannot be used any more."""
+        with self._io.blocking():
+            self._run()
+
+    def _run(self) -> None:
         try:
             plan = ReadPlan.make(self._sender, self._request)
         except TransferError as error:
