@@ -12,6 +12,7 @@ within `peer_timeout` of a peer's death or hang.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from deepflow.v1 import kvtransfer_pb2 as pb
 from kvtransfer import metrics
 from kvtransfer.auth import call_metadata
 from kvtransfer.budget import ByteBudget
+from kvtransfer.checks import UNCHECKED, compare
 from kvtransfer.errors import TransferError, TransferErrorCode, code_of, error_of
 from kvtransfer.layout import KVLayout
 from kvtransfer.peers import MAX_PEERS, LocalEnd, Peer, PeerCache
@@ -34,7 +36,7 @@ from kvtransfer.reshape import Reshaper, Targets
 from kvtransfer.runs import Run, align, blocks_of
 from kvtransfer.sender import DEFAULT_LEASE_SECONDS
 from kvtransfer.shm import host_identity
-from kvtransfer.transports.base import Job, Transport
+from kvtransfer.transports.base import Job, Transport, run_quarantined
 from kvtransfer.transports.choice import Mode
 
 logger = logging.getLogger(__name__)
@@ -118,8 +120,8 @@ class Receiver:
         max_peers: int = MAX_PEERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` is the one that deadlines of `pull` are on, in seconds. `checksum` guards what comes over
-        sockets and gRPC."""
+        """`clock` is the one that deadlines of `pull` are on, in seconds. `checksum` guards what
+        arrives: each frame, or each block where the transport has no frames and pages are as the sender's."""
         self.te_id = te_id
         self.incarnation = incarnation
         self._store = store
@@ -363,7 +365,11 @@ class Receiver:
         if pull.reshaper is not None:
             pull.wanted = pull.reshaper.wanted(pull.first, pull.length)
         request = pb.WatchRequest(
-            transfer_id=pull.transfer_id, receiver=local.receiver, pool_id=pool_id, attempt=pull.attempt
+            transfer_id=pull.transfer_id,
+            receiver=local.receiver,
+            pool_id=pool_id,
+            attempt=pull.attempt,
+            checksums=self._checksum and transport.name in UNCHECKED,
         )
         call = peer.stub.Watch(request, metadata=self._metadata, timeout=self._left(pull))
         try:
@@ -389,7 +395,8 @@ class Receiver:
         self, transport: Transport, local: LocalEnd, store: BlockStore, pull: _Pull, chunk: pb.ChunkReady
     ) -> None:
         """Copies what is needed of one chunk. A block announced again is copied again."""
-        if sum(run.count for run in chunk.runs) != len(chunk.generations):
+        count = sum(run.count for run in chunk.runs)
+        if count != len(chunk.generations) or len(chunk.checksums) not in (0, count):
             raise TransferError(
                 TransferErrorCode.INTERNAL, "a chunk's blocks and generations differ in number"
             )
@@ -422,6 +429,10 @@ class Receiver:
                     )
                     await transport.copy(replace(job, moves=moves))
                     pull.moves += len(moves)
+                    if chunk.checksums:
+                        blocks = [pull.dst_blocks[index] for index, _ in wanted]
+                        sums = [chunk.checksums[index - chunk.first_block] for index, _ in wanted]
+                        await run_quarantined(self._workers, functools.partial(compare, store, blocks, sums))
                 else:
                     targets = Targets(store, pull.dst_blocks[: pull.needed], pull.first)
                     pull.moves += await reshaper.copy(transport, job, wanted, targets, self._workers)

@@ -20,6 +20,7 @@ import grpc.aio
 from deepflow.v1 import kvtransfer_pb2 as pb
 
 from kvtransfer import metrics
+from kvtransfer.checks import checksums
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, status_of
 from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool
@@ -272,7 +273,12 @@ class KVTransferService:
                 changed.clear()
                 progress = self.sender.progress(transfer_id, request.receiver, seen, request.attempt)
                 for chunk in progress.chunks:
-                    yield pb.TransferUpdate(chunk=_chunk_message(chunk))
+                    message = _chunk_message(chunk)
+                    store = self.sender.store
+                    if request.checksums and store is not None:
+                        full = chunk.tokens if progress.tokens is None else None
+                        message.checksums.extend(await asyncio.to_thread(checksums, store, chunk, full))
+                    yield pb.TransferUpdate(chunk=message)
                 seen = progress.seen
                 if progress.failure is not None:
                     yield _failed(progress.failure)

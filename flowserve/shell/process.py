@@ -95,6 +95,7 @@ class TaskExecutorProcess:
             self.incarnation,
             token=settings.token,
             transports=settings.kv_transport,  # type: ignore[arg-type]  # argparse's choices are these
+            checksum=settings.kv_checksum,
             host=settings.advertise_host,
             shm_dir=settings.shm_dir,
             lease_seconds=settings.lease_seconds,

@@ -55,6 +55,7 @@ class Settings:
     tensor_parallel: int = 1
     threads: int = 1
     kv_transport: str = "auto"
+    kv_checksum: bool = False
     kv_data_listen: Endpoint | None = None
     lease_seconds: float = 30.0
     host_cache_bytes: int = 0
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-listen", default="127.0.0.1:0", help="HOST:PORT of /metrics; 'off' = none")
     add("--shm-dir", type=Path, help="folder of the sockets that pass KV pools on this host")
     add("--kv-transport", default="auto", choices=MODES)
+    add("--kv-checksum", action="store_true", help="checksums of KV that this executor pulls")
     add(
         "--kv-data-listen",
         default="",
@@ -207,6 +209,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         tensor_parallel=args.tensor_parallel,
         threads=args.threads or available_cores(),
         kv_transport=args.kv_transport,
+        kv_checksum=args.kv_checksum,
         kv_data_listen=data,
         lease_seconds=args.lease_seconds,
         host_cache_bytes=args.host_cache_bytes,

@@ -30,8 +30,8 @@ NONCE_BYTES = 32
 GREETING = struct.Struct(f"<4sB{NONCE_BYTES}s")
 HELLO = struct.Struct("<32sH")  # mac, bytes of the incarnation
 STATUS = struct.Struct("<HHII52x")  # code (0 = OK), reserved, crc32 of the frame, bytes of the message
-"""64 bytes, a whole cache line: what follows one of 12 lies askew in every page of the kernel's, and copying it
-there costs the sender half as much again (0.37 CPU s/GiB beside 0.26)."""
+"""64 bytes, a whole cache line: what follows one of 12 lies askew in every page of the kernel's, and copying
+it there costs the sender half as much again (0.37 CPU s/GiB beside 0.26)."""
 LENGTH = struct.Struct("<I")
 MAX_INCARNATION_BYTES = 256
 MAX_MESSAGE_BYTES = 2048

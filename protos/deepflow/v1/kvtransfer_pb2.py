@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64\x65\x65pflow/v1/kvtransfer.proto\x12\x0b\x64\x65\x65pflow.v1\"\xe8\x01\n\x08KVLayout\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\"\n\x05specs\x18\t \x03(\x0b\x32\x13.deepflow.v1.KVSpec\x12\x12\n\nfirst_head\x18\n \x01(\r\x12\x13\n\x0btotal_heads\x18\x0b \x01(\r\";\n\x06KVSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\"t\n\x10HandshakeRequest\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x15\n\rhost_identity\x18\x04 \x01(\t\"\xdb\x01\n\x11HandshakeResponse\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rhost_identity\x18\x05 \x01(\t\x12\x12\n\nshm_socket\x18\x06 \x01(\t\x12\x0f\n\x07pool_id\x18\x07 \x01(\t\x12+\n\x06offers\x18\x08 \x03(\x0b\x32\x1b.deepflow.v1.TransportOffer\"^\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07library\x18\x03 \x01(\x0c\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\r\n\x05table\x18\x05 \x01(\x04\"(\n\x08\x42lockRun\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"W\n\x0cWatchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\xa6\x01\n\x0eTransferUpdate\x12(\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.deepflow.v1.ChunkReadyH\x00\x12\x31\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1d.deepflow.v1.TransferCompleteH\x00\x12-\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1b.deepflow.v1.TransferFailedH\x00\x42\x08\n\x06update\"k\n\nChunkReady\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12#\n\x04runs\x18\x02 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"C\n\x10TransferComplete\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"O\n\x0eTransferFailed\x12,\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1e.deepflow.v1.TransferErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb2\x01\n\x0bReadRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12#\n\x04runs\x18\x03 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\r\n\x05heads\x18\x07 \x01(\r\x12\r\n\x05group\x18\x08 \x01(\t\"6\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x02 \x01(\r\x12\x0c\n\x04sent\x18\x03 \x01(\r\"5\n\x0cRenewRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\"!\n\rRenewResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"R\n\rFinishRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1f\n\x0e\x46inishResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x08\"7\n\x11OpenPrefixRequest\x12\x12\n\nidentities\x18\x01 \x03(\x0c\x12\x0e\n\x06layout\x18\x02 \x01(\x0c\"9\n\x12OpenPrefixResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"h\n\x0bMeetRequest\x12\x10\n\x08receiver\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\x0b\n\x03put\x18\x06 \x01(\x08\",\n\x0cMeetResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\r\n\x05value\x18\x02 \x01(\x0c*\xec\x03\n\x11TransferErrorCode\x12#\n\x1fTRANSFER_ERROR_CODE_UNSPECIFIED\x10\x00\x12(\n$TRANSFER_ERROR_CODE_UNKNOWN_TRANSFER\x10\x01\x12\'\n#TRANSFER_ERROR_CODE_LAYOUT_MISMATCH\x10\x02\x12%\n!TRANSFER_ERROR_CODE_LEASE_EXPIRED\x10\x03\x12\x1f\n\x1bTRANSFER_ERROR_CODE_ABORTED\x10\x04\x12(\n$TRANSFER_ERROR_CODE_GENERATION_MOVED\x10\x05\x12!\n\x1dTRANSFER_ERROR_CODE_PEER_LOST\x10\x06\x12 \n\x1cTRANSFER_ERROR_CODE_CHECKSUM\x10\x07\x12 \n\x1cTRANSFER_ERROR_CODE_DEADLINE\x10\x08\x12 \n\x1cTRANSFER_ERROR_CODE_INTERNAL\x10\t\x12\x1c\n\x18TRANSFER_ERROR_CODE_BUSY\x10\n\x12\"\n\x1eTRANSFER_ERROR_CODE_STALE_POOL\x10\x0b\x12\"\n\x1eTRANSFER_ERROR_CODE_NOT_CACHED\x10\x0c\x32\xe6\x03\n\nKVTransfer\x12J\n\tHandshake\x12\x1d.deepflow.v1.HandshakeRequest\x1a\x1e.deepflow.v1.HandshakeResponse\x12\x41\n\x05Watch\x12\x19.deepflow.v1.WatchRequest\x1a\x1b.deepflow.v1.TransferUpdate0\x01\x12:\n\x04Read\x12\x18.deepflow.v1.ReadRequest\x1a\x16.deepflow.v1.ReadChunk0\x01\x12>\n\x05Renew\x12\x19.deepflow.v1.RenewRequest\x1a\x1a.deepflow.v1.RenewResponse\x12\x41\n\x06\x46inish\x12\x1a.deepflow.v1.FinishRequest\x1a\x1b.deepflow.v1.FinishResponse\x12M\n\nOpenPrefix\x12\x1e.deepflow.v1.OpenPrefixRequest\x1a\x1f.deepflow.v1.OpenPrefixResponse\x12;\n\x04Meet\x12\x18.deepflow.v1.MeetRequest\x1a\x19.deepflow.v1.MeetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64\x65\x65pflow/v1/kvtransfer.proto\x12\x0b\x64\x65\x65pflow.v1\"\xe8\x01\n\x08KVLayout\x12\x16\n\x0emodel_revision\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05order\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\"\n\x05specs\x18\t \x03(\x0b\x32\x13.deepflow.v1.KVSpec\x12\x12\n\nfirst_head\x18\n \x01(\r\x12\x13\n\x0btotal_heads\x18\x0b \x01(\r\";\n\x06KVSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\"t\n\x10HandshakeRequest\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x15\n\rhost_identity\x18\x04 \x01(\t\"\xdb\x01\n\x11HandshakeResponse\x12\r\n\x05te_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12%\n\x06layout\x18\x03 \x01(\x0b\x32\x15.deepflow.v1.KVLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rhost_identity\x18\x05 \x01(\t\x12\x12\n\nshm_socket\x18\x06 \x01(\t\x12\x0f\n\x07pool_id\x18\x07 \x01(\t\x12+\n\x06offers\x18\x08 \x03(\x0b\x32\x1b.deepflow.v1.TransportOffer\"^\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07library\x18\x03 \x01(\x0c\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\r\n\x05table\x18\x05 \x01(\x04\"(\n\x08\x42lockRun\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"j\n\x0cWatchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x11\n\tchecksums\x18\x05 \x01(\x08\"\xa6\x01\n\x0eTransferUpdate\x12(\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.deepflow.v1.ChunkReadyH\x00\x12\x31\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1d.deepflow.v1.TransferCompleteH\x00\x12-\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1b.deepflow.v1.TransferFailedH\x00\x42\x08\n\x06update\"~\n\nChunkReady\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12#\n\x04runs\x18\x02 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x11\n\tchecksums\x18\x05 \x03(\x04\"C\n\x10TransferComplete\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"O\n\x0eTransferFailed\x12,\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1e.deepflow.v1.TransferErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb2\x01\n\x0bReadRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12#\n\x04runs\x18\x03 \x03(\x0b\x32\x15.deepflow.v1.BlockRun\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\r\n\x05heads\x18\x07 \x01(\r\x12\r\n\x05group\x18\x08 \x01(\t\"6\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x02 \x01(\r\x12\x0c\n\x04sent\x18\x03 \x01(\r\"5\n\x0cRenewRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\"!\n\rRenewResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"R\n\rFinishRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x10\n\x08receiver\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1f\n\x0e\x46inishResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x08\"7\n\x11OpenPrefixRequest\x12\x12\n\nidentities\x18\x01 \x03(\x0c\x12\x0e\n\x06layout\x18\x02 \x01(\x0c\"9\n\x12OpenPrefixResponse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"h\n\x0bMeetRequest\x12\x10\n\x08receiver\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\x0b\n\x03put\x18\x06 \x01(\x08\",\n\x0cMeetResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\r\n\x05value\x18\x02 \x01(\x0c*\xec\x03\n\x11TransferErrorCode\x12#\n\x1fTRANSFER_ERROR_CODE_UNSPECIFIED\x10\x00\x12(\n$TRANSFER_ERROR_CODE_UNKNOWN_TRANSFER\x10\x01\x12\'\n#TRANSFER_ERROR_CODE_LAYOUT_MISMATCH\x10\x02\x12%\n!TRANSFER_ERROR_CODE_LEASE_EXPIRED\x10\x03\x12\x1f\n\x1bTRANSFER_ERROR_CODE_ABORTED\x10\x04\x12(\n$TRANSFER_ERROR_CODE_GENERATION_MOVED\x10\x05\x12!\n\x1dTRANSFER_ERROR_CODE_PEER_LOST\x10\x06\x12 \n\x1cTRANSFER_ERROR_CODE_CHECKSUM\x10\x07\x12 \n\x1cTRANSFER_ERROR_CODE_DEADLINE\x10\x08\x12 \n\x1cTRANSFER_ERROR_CODE_INTERNAL\x10\t\x12\x1c\n\x18TRANSFER_ERROR_CODE_BUSY\x10\n\x12\"\n\x1eTRANSFER_ERROR_CODE_STALE_POOL\x10\x0b\x12\"\n\x1eTRANSFER_ERROR_CODE_NOT_CACHED\x10\x0c\x32\xe6\x03\n\nKVTransfer\x12J\n\tHandshake\x12\x1d.deepflow.v1.HandshakeRequest\x1a\x1e.deepflow.v1.HandshakeResponse\x12\x41\n\x05Watch\x12\x19.deepflow.v1.WatchRequest\x1a\x1b.deepflow.v1.TransferUpdate0\x01\x12:\n\x04Read\x12\x18.deepflow.v1.ReadRequest\x1a\x16.deepflow.v1.ReadChunk0\x01\x12>\n\x05Renew\x12\x19.deepflow.v1.RenewRequest\x1a\x1a.deepflow.v1.RenewResponse\x12\x41\n\x06\x46inish\x12\x1a.deepflow.v1.FinishRequest\x1a\x1b.deepflow.v1.FinishResponse\x12M\n\nOpenPrefix\x12\x1e.deepflow.v1.OpenPrefixRequest\x1a\x1f.deepflow.v1.OpenPrefixResponse\x12;\n\x04Meet\x12\x18.deepflow.v1.MeetRequest\x1a\x19.deepflow.v1.MeetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deepflow.v1.kvtransfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERERRORCODE']._serialized_start=2049
-  _globals['_TRANSFERERRORCODE']._serialized_end=2541
+  _globals['_TRANSFERERRORCODE']._serialized_start=2087
+  _globals['_TRANSFERERRORCODE']._serialized_end=2579
   _globals['_KVLAYOUT']._serialized_start=46
   _globals['_KVLAYOUT']._serialized_end=278
   _globals['_KVSPEC']._serialized_start=280
@@ -46,35 +46,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BLOCKRUN']._serialized_start=777
   _globals['_BLOCKRUN']._serialized_end=817
   _globals['_WATCHREQUEST']._serialized_start=819
-  _globals['_WATCHREQUEST']._serialized_end=906
-  _globals['_TRANSFERUPDATE']._serialized_start=909
-  _globals['_TRANSFERUPDATE']._serialized_end=1075
-  _globals['_CHUNKREADY']._serialized_start=1077
-  _globals['_CHUNKREADY']._serialized_end=1184
-  _globals['_TRANSFERCOMPLETE']._serialized_start=1186
-  _globals['_TRANSFERCOMPLETE']._serialized_end=1253
-  _globals['_TRANSFERFAILED']._serialized_start=1255
-  _globals['_TRANSFERFAILED']._serialized_end=1334
-  _globals['_READREQUEST']._serialized_start=1337
-  _globals['_READREQUEST']._serialized_end=1515
-  _globals['_READCHUNK']._serialized_start=1517
-  _globals['_READCHUNK']._serialized_end=1571
-  _globals['_RENEWREQUEST']._serialized_start=1573
-  _globals['_RENEWREQUEST']._serialized_end=1626
-  _globals['_RENEWRESPONSE']._serialized_start=1628
-  _globals['_RENEWRESPONSE']._serialized_end=1661
-  _globals['_FINISHREQUEST']._serialized_start=1663
-  _globals['_FINISHREQUEST']._serialized_end=1745
-  _globals['_FINISHRESPONSE']._serialized_start=1747
-  _globals['_FINISHRESPONSE']._serialized_end=1778
-  _globals['_OPENPREFIXREQUEST']._serialized_start=1780
-  _globals['_OPENPREFIXREQUEST']._serialized_end=1835
-  _globals['_OPENPREFIXRESPONSE']._serialized_start=1837
-  _globals['_OPENPREFIXRESPONSE']._serialized_end=1894
-  _globals['_MEETREQUEST']._serialized_start=1896
-  _globals['_MEETREQUEST']._serialized_end=2000
-  _globals['_MEETRESPONSE']._serialized_start=2002
-  _globals['_MEETRESPONSE']._serialized_end=2046
-  _globals['_KVTRANSFER']._serialized_start=2544
-  _globals['_KVTRANSFER']._serialized_end=3030
+  _globals['_WATCHREQUEST']._serialized_end=925
+  _globals['_TRANSFERUPDATE']._serialized_start=928
+  _globals['_TRANSFERUPDATE']._serialized_end=1094
+  _globals['_CHUNKREADY']._serialized_start=1096
+  _globals['_CHUNKREADY']._serialized_end=1222
+  _globals['_TRANSFERCOMPLETE']._serialized_start=1224
+  _globals['_TRANSFERCOMPLETE']._serialized_end=1291
+  _globals['_TRANSFERFAILED']._serialized_start=1293
+  _globals['_TRANSFERFAILED']._serialized_end=1372
+  _globals['_READREQUEST']._serialized_start=1375
+  _globals['_READREQUEST']._serialized_end=1553
+  _globals['_READCHUNK']._serialized_start=1555
+  _globals['_READCHUNK']._serialized_end=1609
+  _globals['_RENEWREQUEST']._serialized_start=1611
+  _globals['_RENEWREQUEST']._serialized_end=1664
+  _globals['_RENEWRESPONSE']._serialized_start=1666
+  _globals['_RENEWRESPONSE']._serialized_end=1699
+  _globals['_FINISHREQUEST']._serialized_start=1701
+  _globals['_FINISHREQUEST']._serialized_end=1783
+  _globals['_FINISHRESPONSE']._serialized_start=1785
+  _globals['_FINISHRESPONSE']._serialized_end=1816
+  _globals['_OPENPREFIXREQUEST']._serialized_start=1818
+  _globals['_OPENPREFIXREQUEST']._serialized_end=1873
+  _globals['_OPENPREFIXRESPONSE']._serialized_start=1875
+  _globals['_OPENPREFIXRESPONSE']._serialized_end=1932
+  _globals['_MEETREQUEST']._serialized_start=1934
+  _globals['_MEETREQUEST']._serialized_end=2038
+  _globals['_MEETRESPONSE']._serialized_start=2040
+  _globals['_MEETRESPONSE']._serialized_end=2084
+  _globals['_KVTRANSFER']._serialized_start=2582
+  _globals['_KVTRANSFER']._serialized_end=3068
 # @@protoc_insertion_point(module_scope)

@@ -307,6 +307,7 @@ class WatchRequest(_message.Message):
     RECEIVER_FIELD_NUMBER: _builtins.int
     POOL_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     receiver: _builtins.str
     """names one pull: a transfer has one puller at a time"""
@@ -314,6 +315,8 @@ class WatchRequest(_message.Message):
     """of the handshake; another pool's watch fails with STALE_POOL"""
     attempt: _builtins.int
     """of the task that pulls: a higher one takes the transfer over"""
+    checksums: _builtins.bool
+    """of the announced blocks: the transport itself has none"""
     def __init__(
         self,
         *,
@@ -321,10 +324,11 @@ class WatchRequest(_message.Message):
         receiver: _builtins.str = ...,
         pool_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        checksums: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "pool_id", b"pool_id", "receiver", b"receiver", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checksums", b"checksums", "pool_id", b"pool_id", "receiver", b"receiver", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,6 +372,7 @@ class ChunkReady(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     first_block: _builtins.int
     """index of the first block within the transfer"""
     tokens: _builtins.int
@@ -378,6 +383,10 @@ class ChunkReady(_message.Message):
     def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """one per block, in order"""
 
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where asked for, one per block: its CRC-32 + 2^32, or 0 for the last block while it is still being filled."""
+
     def __init__(
         self,
         *,
@@ -385,10 +394,11 @@ class ChunkReady(_message.Message):
         runs: _abc.Iterable[Global___BlockRun] | None = ...,
         generations: _abc.Iterable[_builtins.int] | None = ...,
         tokens: _builtins.int = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "generations", b"generations", "runs", b"runs", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "first_block", b"first_block", "generations", b"generations", "runs", b"runs", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
