@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import multiprocessing
 import os
 import time
@@ -127,6 +128,8 @@ async def serving(
         on_released=lambda transfer_id, outcome: released.append((transfer_id, outcome)),
     )
     options.setdefault("data_listen", ("127.0.0.1", 0))
+    if options.get("library") == "collective":  # loads torch: an engine has by the time a peer shakes hands
+        await asyncio.to_thread(importlib.import_module, "kvtransfer.transports.pair")
     service = KVTransferService(sender, token=token, shm_dir=shm_dir, **options)
     server = grpc.aio.server(interceptors=[TokenAuth(token)], options=SERVER_OPTIONS)
     service.add_to_server(server)
@@ -170,7 +173,7 @@ class SenderProcess:
         self.process = context.Process(target=_main, args=(theirs, shm_dir, options), daemon=True)
         self.process.start()
         theirs.close()
-        assert self._pipe.poll(30)
+        assert self._pipe.poll(60)
         self.address, self.fd_path = self._pipe.recv()
 
     def __call__(self, method: str, *args: Any) -> Any:

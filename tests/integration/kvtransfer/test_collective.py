@@ -140,9 +140,6 @@ async def test_a_sender_that_dies_while_it_sends_is_lost_and_nothing_is_written_
     blocks = list(range(0, BLOCKS, 2))  # no two in one run: each is loaded by itself, slowly
     options: dict[str, Any] = {"library": "collective", "staged_delay": 0.05}
     with SenderProcess(tmp_path, layout=LAYOUT, num_blocks=BLOCKS, **options) as sender:
-        async with to_receive(te_id="te-first") as (receiver, _pool):  # loads torch there, as an engine does
-            sender.offer_all("s", [1], TOKENS)
-            await sender.pull(receiver, "s", [1], TOKENS)
         async with to_receive(peer_timeout=2.5) as (receiver, pool):
             sender.offer_all("t", blocks, len(blocks) * TOKENS)
             pulling = asyncio.create_task(sender.pull(receiver, "t", blocks, len(blocks) * TOKENS))
