@@ -195,6 +195,8 @@ async def many(report: common.Report, opened: Rig, *, tokens: int) -> None:
 async def soak(report: common.Report, opened: Rig, seconds: float) -> None:
     """1,000 streams, one in ten of the clients slow, one in twenty leaving in mid-answer."""
     tokens = 120
+    # As many streams before, so that what is kept for good (words, the allocator's arenas) is there already.
+    await closed_loop(opened.port, MANY, 3 * MANY, words=50, max_tokens=4, first_seed=1_000_000)
     ends = time.perf_counter() + seconds
     counts = {"well": 0, "slow": 0, "left": 0, "lost": 0}
     gaps: list[float] = []
