@@ -28,7 +28,7 @@ from controlplane.kube.resources import (
 )
 from controlplane.operator.executors import Address, Executors
 from controlplane.operator.plan.claim import Want
-from controlplane.operator.plan.values import Pod
+from controlplane.operator.plan.values import Pod, Te
 from controlplane.operator.pods import EXECUTOR_SELECTOR, read_pod, te_id
 from controlplane.operator.scalers import ScalingState
 from controlplane.operator.settings import OperatorSettings
@@ -60,6 +60,19 @@ def _namespaced(label: str) -> Callable[[Json], Iterator[str]]:
     return index
 
 
+def _warm(obj: Json) -> Iterator[str]:
+    """Indexer of warm pods by pool: of a pool's thousands, claims look at these alone."""
+    labels = obj["metadata"].get("labels") or {}
+    if labels.get(LABEL_POOL) and labels.get(LABEL_STATE) == PodState.WARM:
+        yield f"{obj['metadata'].get('namespace', '')}/{labels[LABEL_POOL]}"
+
+
+def model_names(obj: Json) -> set[str]:
+    """What a ModelServing is called in the API: its id and aliases."""
+    model = (obj.get("spec") or {}).get("model") or {}
+    return {str(model.get("id") or obj["metadata"]["name"]), *map(str, model.get("aliases") or [])}
+
+
 def scaler_name(serving: str, role: Role) -> str:
     return f"{serving}-{role.value}"
 
@@ -78,7 +91,7 @@ class Cluster:
         self.wall = wall
         self.settings = settings
         self.events = EventRecorder(api, "deepflow.dev/operator", settings.identity or "operator")
-        self.servings = Store(MODEL_SERVINGS)
+        self.servings = Store(MODEL_SERVINGS, {"model": model_names})
         self.scalers = Store(ROLE_SCALERS, {"serving": _namespaced(LABEL_SERVING)})
         self.pools = Store(WARM_POOLS, {"namespace": lambda obj: [obj["metadata"].get("namespace", "")]})
         self.pods = Store(
@@ -86,11 +99,13 @@ class Cluster:
             {
                 "serving": _namespaced(LABEL_SERVING),
                 "pool": _namespaced(LABEL_POOL),
+                "warm": _warm,
                 "uid": lambda obj: [uid_of(obj)],
             },
         )
         self.executors = Executors(settings.token, self._executor_changed, wall=wall)
         self.demand: Demand | None = None
+        self._parsed: dict[str, tuple[Json, Te | None, str, Pod | None]] = {}
         self.wants: dict[Key, Want] = {}
         self.profiles: dict[Key, str] = {}  # ModelServing -> accelerator that it wants executors of
         self.scaling: dict[Key, ScalingState] = {}  # what the scaling loop last saw and decided
@@ -124,8 +139,20 @@ class Cluster:
     # -- reading ---------------------------------------------------------------------------------------
 
     def pod(self, obj: Json) -> Pod | None:
+        """The pod as a value, made once for each state of object and executor."""
         uid = uid_of(obj)
-        return read_pod(obj, self.executors.te(uid), self.executors.load_error(uid)[0])
+        te, error = self.executors.te(uid), self.executors.load_error(uid)[0]
+        known = self._parsed.get(uid)
+        if known is not None and known[0] is obj and known[1] is te and known[2] == error:
+            return known[3]
+        pod = read_pod(obj, te, error)
+        self._parsed[uid] = (obj, te, error, pod)
+        return pod
+
+    def warm_pods(self, key: Key) -> list[Pod]:
+        """Pods of a pool that nobody has claimed."""
+        found = self.pods.by("warm", f"{key[0]}/{key[1]}")
+        return [pod for obj in found if (pod := self.pod(obj)) is not None]
 
     def pods_of_serving(self, key: Key) -> list[Pod]:
         found = self.pods.by("serving", f"{key[0]}/{key[1]}")
@@ -194,6 +221,8 @@ class Cluster:
 
     def _pod_changed(self, before: Json | None, now: Json | None) -> None:
         self._poll(before, now)
+        if now is None and before is not None:
+            self._parsed.pop(uid_of(before), None)
         for obj in (before, now):
             if obj is not None:
                 self.tell(obj)

@@ -41,6 +41,7 @@ from controlplane.scheduling.types import ExecutorView
 from controlplane.scheduling.types import Role as TaskRole
 
 DEFAULT_TPOT_SECONDS = 0.2  # as RolePolicy.step_target_seconds
+YIELD_EVERY = 20
 MAX_EXECUTOR_TASKS = 256  # of an executor that does not say (its default)
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,9 @@ class ScalingLoop:
         self._cluster.demand = demand
         fresh = self._answers(demand) if scale else {}
         keys = set()
-        for obj in self._cluster.servings:
+        for number, obj in enumerate(self._cluster.servings):
+            if number % YIELD_EVERY == 0:
+                await asyncio.sleep(0)  # a thousand models are looked at in one turn
             key = key_of(obj)
             keys.add(key)
             if obj["metadata"].get("deletionTimestamp"):
@@ -266,7 +269,7 @@ class ScalingLoop:
         return any(
             pod.state is PodState.WARM and pod.ready
             for pool in self._cluster.pools_of(key[0], serving.spec.accelerator)
-            for pod in self._cluster.pods_of_pool((key[0], pool["metadata"]["name"]))
+            for pod in self._cluster.warm_pods((key[0], pool["metadata"]["name"]))
         )
 
     # -- signals -------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class ServingController:
         free = [
             pod
             for pool in pools
-            for pod in claimable(cluster.pods_of_pool((key[0], pool["metadata"]["name"])))
+            for pod in claimable(cluster.warm_pods((key[0], pool["metadata"]["name"])))
             if pod.uid not in cluster.reserved
         ]
         wanted = Serving(
@@ -163,19 +163,15 @@ class ServingController:
             return Reason.ENGINE_UNAVAILABLE, "Engine vllm is not available in this version."
         if not self._cluster.pools_of(key[0], serving.spec.accelerator):
             return Reason.PROFILE_UNKNOWN, f"No WarmPool here offers the profile {serving.spec.accelerator}."
-        names = {serving.model_id, *serving.spec.model.aliases}
-        for other in self._cluster.servings:
-            spec, meta = other.get("spec") or {}, other["metadata"]
-            model = spec.get("model") or {}
-            theirs = {model.get("id") or meta["name"], *(model.get("aliases") or [])}
-            if (meta.get("namespace", ""), meta["name"]) == key or not names & theirs:
-                continue
-            born = serving.metadata.creation_timestamp
-            mine = (born.isoformat() if born is not None else "", serving.metadata.uid)
-            created = str(meta.get("creationTimestamp", "")).replace("Z", "+00:00")
-            if (created, meta["uid"]) < mine:
-                name = f"{meta.get('namespace')}/{meta['name']}"
-                return Reason.NAME_CONFLICT, f"{name} has the model name {sorted(names & theirs)[0]} already."
+        born = serving.metadata.creation_timestamp
+        mine = (born.isoformat() if born is not None else "", serving.metadata.uid)
+        for name in sorted({serving.model_id, *serving.spec.model.aliases}):
+            for other in self._cluster.servings.by("model", name):
+                meta = other["metadata"]
+                created = str(meta.get("creationTimestamp", "")).replace("Z", "+00:00")
+                if (meta.get("namespace", ""), meta["name"]) != key and (created, meta["uid"]) < mine:
+                    owner = f"{meta.get('namespace')}/{meta['name']}"
+                    return Reason.NAME_CONFLICT, f"{owner} has the model name {name} already."
         return None
 
     # -- objects -----------------------------------------------------------------------------------------
@@ -294,7 +290,7 @@ class ServingController:
         pool_pods = [
             pod
             for pool in cluster.pools_of(key[0], serving.spec.accelerator)
-            for pod in cluster.pods_of_pool((key[0], pool["metadata"]["name"]))
+            for pod in cluster.warm_pods((key[0], pool["metadata"]["name"]))
         ] if plan.missing else []  # fmt: skip
         errors = [pod.load_error for pod in pods if pod.load_error and not pod.serves]
         overridden = scalers.overrides(cluster, key, serving)
@@ -319,6 +315,7 @@ class ServingController:
             "observedGeneration": generation,
             "modelId": serving.model_id,
             "conditions": conditions_of(conditions(facts), before, generation, self._wall()),
+            "modelId": serving.model_id,
             "replicas": summary(want, plan),
             "readyReplicas": sum(serving_count for serving_count, _, _ in plan.counts.values()),
             "roles": [
