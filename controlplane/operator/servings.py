@@ -315,7 +315,6 @@ class ServingController:
             "observedGeneration": generation,
             "modelId": serving.model_id,
             "conditions": conditions_of(conditions(facts), before, generation, self._wall()),
-            "modelId": serving.model_id,
             "replicas": summary(want, plan),
             "readyReplicas": sum(serving_count for serving_count, _, _ in plan.counts.values()),
             "roles": [
