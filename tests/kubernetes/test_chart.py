@@ -372,14 +372,15 @@ def test_every_value_stands_in_the_schema() -> None:
 
 def test_dashboards_ask_for_metrics_that_exist() -> None:
     known: set[str] = set()
-    for module in ("fleet", "gateway", "jobs"):
+    for module in ("fleet", "gateway", "jobs", "kube", "operator"):
         known |= _metric_names(importlib.import_module(f"controlplane.{module}.metrics"))
     for module in ("flowserve.engine", "flowserve.rtc", "flowserve.shell", "kvtransfer"):
         known |= _metric_names(importlib.import_module(f"{module}.metrics"))
     for file in (CHART / "dashboards").glob("*.json"):
         board = json.loads(file.read_text())
         expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-        asked = {name for text in expressions for name in re.findall(r"\bdeepflow_(?!dev_)[a-z_]+\b", text)}
+        ours = r"\b(?:deepflow_(?!dev_)|workqueue_|controller_runtime_|rest_client_)[a-z_]+\b"
+        asked = {name for text in expressions for name in re.findall(ours, text)}
         assert asked
         assert asked <= known, asked - known
 
