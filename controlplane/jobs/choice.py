@@ -24,6 +24,7 @@ from controlplane.jobs.serving import ServingError, dropped
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.jobs.states import TaskEvent, TaskState, next_task_state
 from controlplane.scheduling.admission import DropReason
+from controlplane.scheduling.lengths import Asked, Predicted
 from controlplane.scheduling.types import Decision, Mode, Reason
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Choice:
         self._avoid: str | None = None  # where an early decode failed
         self._pauses = 0  # since the last progress
         self._stalled = False
+        self.asked: Asked | None = None  # what its answer's length was predicted from, and what was said
+        self.predicted: Predicted | None = None
         # What the client gets.
         self.finish: str | None = None
         self.error: ServingError | None = None

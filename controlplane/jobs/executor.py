@@ -159,6 +159,8 @@ class JobExecutor:
 
     def ended(self, choice: Choice) -> None:
         self._room.leave(choice)
+        if choice.finish in ("stop", "length"):
+            self._placer.learn(choice)
         if self._live.pop(choice.task_id, None) is not None:
             metrics.IN_FLIGHT.dec()
         if all(item.state.terminal for item in choice.job.choices):

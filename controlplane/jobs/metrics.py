@@ -18,6 +18,11 @@ DROPPED = Counter(
 REPLAYS = Counter("deepflow_jobs_replays_total", "Attempts that were placed again.", ["reason"])
 STALE = Counter("deepflow_jobs_stale_deltas_total", "Deltas or tokens ignored.", ["reason"])
 PLACED = remembered(Counter("deepflow_jobs_placements_total", "Submits to executors.", ["kind", "reason"]))
+PREDICTED = Counter(
+    "deepflow_jobs_predicted_answers_total",
+    "Ended answers whose length was predicted, by who predicted and how it turned out.",
+    ["source", "outcome"],
+)
 EARLY = Counter(
     "deepflow_jobs_early_decodes_total",
     "Prefills that started, by whether their decode executor was chosen then, and if not, why.",

@@ -18,6 +18,7 @@ from controlplane.jobs.states import TaskState
 from controlplane.scheduling.columns import Columns
 from controlplane.scheduling.decide import decide, decide_decode
 from controlplane.scheduling.early import Late, decide_early
+from controlplane.scheduling.lengths import Asked, LengthPredictor
 from controlplane.scheduling.types import (
     Decision,
     Draw,
@@ -42,6 +43,7 @@ class Placer:
         self._now = now
         self._rng = rng
         self._turn = 0
+        self._lengths = LengthPredictor()
 
     def place(self, choice: Choice) -> Reason | None:
         """Submits a HELD choice, or one in HANDOVER to its decode executor. None: done; else why not."""
@@ -122,6 +124,7 @@ class Placer:
             or request.sampling.prompt_logprobs is not None,
             cached_tokens=self._cached(choice, view),
             affinity=self._affinity(choice, view),
+            predicted_output=self._expected(choice, view),
             excluded=frozenset(choice.excluded),
             never=frozenset(never),
             prefer=prefer,
@@ -140,6 +143,35 @@ class Placer:
         """Of the prompt's first block: gateways send its cold copies to one executor, whoever they are."""
         hashes = choice.job.hashes(view.views[0].block_tokens) if len(view) else []
         return int.from_bytes(hashes[0][:8], "little") if hashes else None
+
+    def _expected(self, choice: Choice, view: Columns) -> int | None:
+        """Tokens that it will still make, as far as its likes tell; said once, before its first placement."""
+        if choice.asked is None and len(view) > 1:  # alone, an executor gets it however long it is
+            request = choice.job.request
+            choice.asked = Asked(
+                request.tenant,
+                request.kind,
+                len(request.prompt),
+                request.max_output_tokens,
+                request.sampling.temperature,
+                self._affinity(choice, view) or 0,
+            )
+            choice.predicted = self._lengths.predict(choice.asked)
+        if choice.predicted is None:
+            return None
+        return max(1, choice.predicted.tokens - len(choice.output))
+
+    def learn(self, choice: Choice) -> None:
+        """It ended by itself, at a stop string or at its bound."""
+        asked, predicted, tokens = choice.asked, choice.predicted, len(choice.output)
+        if asked is None or not tokens:
+            return
+        self._lengths.learn(asked, tokens, predicted)
+        if predicted is not None:
+            outcome = (
+                "close" if predicted.close(tokens) else "within" if tokens <= predicted.tokens else "longer"
+            )
+            metrics.PREDICTED.labels(predicted.source, outcome).inc()
 
     def _submit(
         self,

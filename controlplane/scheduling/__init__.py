@@ -12,4 +12,6 @@ clocks, sockets and random sources out of it, so whatever changes over time is a
 | heatmap | where splitting prefill from decode pays, as data and a look-up                       |
 | early   | whether a prefill that starts gets its decode executor now                            |
 | roles   | role control: a look at the load a second in, role changes out                        |
+| admission | who goes first while executors are full, and who is dropped when too many wait      |
+| lengths | how long an answer will be, learned from the traffic                                  |
 """

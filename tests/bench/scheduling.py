@@ -15,7 +15,9 @@ import random
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -27,11 +29,14 @@ from controlplane.fleet.channel import ExecutorChannel
 from controlplane.fleet.member import Member
 from controlplane.scheduling.columns import QUEUE, Columns, Slots
 from controlplane.scheduling.decide import decide, dropped_for, queue_seconds
+from controlplane.scheduling.lengths import BUCKET_TOKENS, Asked, LengthPredictor
 from controlplane.scheduling.prefix import PrefixIndex
 from controlplane.scheduling.types import Decision, Draw, ExecutorView, Policy, RequestView, Role
+from controlplane.twin.workload import read_trace
 from tests.bench.common import Report, median, parser, percentile
 
 REVISION = "model@1"
+TRACE = Path(__file__).parents[1] / "traces" / "azure_llm_conv_2023.csv.xz"
 PROMPT_BLOCKS = 125  # 2,000 tokens
 SHARED_BLOCKS = 25  # of a system prompt
 POLICY = Policy()
@@ -127,6 +132,33 @@ def loop(table: Columns, request: RequestView) -> str:
     return chosen
 
 
+def lengths(report: Report, count: int) -> None:
+    """Predicted lengths of the answers of Azure's conversation trace, which tells no prompts."""
+    trace = read_trace(TRACE)
+    predictor = LengthPredictor()
+    took: list[float] = []
+    hits = covered = said = usual = 0
+    seen: Counter[int] = Counter()
+    for prompt, tokens in zip(trace.prompt[:count].tolist(), trace.output[:count].tolist(), strict=True):
+        started = time.thread_time_ns()
+        asked = Asked("azure", "chat", prompt, 8192)
+        found = predictor.predict(asked)
+        predictor.learn(asked, tokens, found)
+        took.append((time.thread_time_ns() - started) / 1e3)
+        bucket = tokens // BUCKET_TOKENS
+        if found is not None:
+            said += 1
+            hits += found.close(tokens)
+            covered += tokens <= found.tokens
+            usual += seen.most_common(1)[0][0] == bucket
+        seen[bucket] += 1
+    report.add(executors="lengths", blocks=said, p50_us=percentile(took, 50), p99_us=percentile(took, 99))
+    report.check("answers in the bucket called the likeliest", 100 * hits / said, "%", "stated", None)
+    report.check("answers in the commonest bucket (baseline)", 100 * usual / said, "%", "stated", None)
+    share = 100 * covered / said
+    report.check("answers no longer than predicted", share, "%", "80 +- 5", abs(share - 80) <= 5)
+
+
 def main() -> int:
     args = parser(__doc__ or "").parse_args()
     report = Report("scheduling")
@@ -167,6 +199,7 @@ def main() -> int:
         p50 = percentile(updates, 50)
         report.check(f"view update p50 at {executors}", p50, "us", "<= 20", p50 <= 20)
         del case
+    lengths(report, 3000 if args.quick else 19_000)
     gc.collect()
     tracemalloc.start()
     count = 100_000 if args.quick else 300_000

@@ -216,3 +216,21 @@ def test_a_task_is_told_who_holds_more_of_its_prompt(bench: Bench) -> None:
     bench.fleet.prefixes.drop("busy")
     bench.submit(prompt=100)
     assert not bench.fleet.last.task.HasField("prefix_source")
+
+
+def test_the_length_of_an_answer_is_expected_once_its_likes_were_seen() -> None:
+    bench = make_bench()
+    bench.fleet.add("te-0")
+    bench.fleet.add("te-1")
+    said = []
+    for _ in range(40):
+        job = bench.submit(max_output_tokens=1000)
+        bench.fleet.last.finish(list(range(1, 301)), length=False)
+        said.append(job.choices[0].predicted)
+    assert said[0] is None
+    assert said[-1] is not None
+    assert said[-1].likely == 384
+    assert bench.jobs._placer._lengths.accuracy.hits == 1.0
+    cancelled = bench.submit(max_output_tokens=1000)
+    cancelled.cancel("client left")
+    assert bench.jobs._placer._lengths.accuracy.seen == 40
