@@ -103,6 +103,7 @@ class _Model:
 
     used: float  # monotonic
     written: float = -math.inf  # the activity last written
+    running: int = 0
     held: int = 0
     ttft: dict[int, int] = field(default_factory=dict)
     tpot: dict[int, int] = field(default_factory=dict)
@@ -126,6 +127,19 @@ class DemandWriter:
         entry = self._entry(model, self._clock() if now is None else now)
         if entry is not None and entry.used - entry.written > REWRITE_SECONDS:
             self._changed()
+
+    def began(self, model: str) -> None:
+        """A request for `model` arrived. Until `ended` the model is in use, however long that takes: an
+        answer longer than the time after which a model goes to zero must not count as none."""
+        self.record_demand(model)
+        if (entry := self._models.get(model)) is not None:
+            entry.running += 1
+
+    def ended(self, model: str) -> None:
+        """The end of what `began`."""
+        self.record_demand(model)
+        if (entry := self._models.get(model)) is not None and entry.running:
+            entry.running -= 1
 
     def record_held(self, model: str, count: int) -> None:
         """`count` requests wait in this process for `model` to wake. The first one is told at once."""
@@ -172,6 +186,9 @@ class DemandWriter:
         hints, self._hints = self._hints, set()
         self._dirty = False
         now = self._clock()
+        for model in self._models.values():
+            if model.running or model.held:
+                model.used = now
         fresh = {name: entry.used for name, entry in self._models.items() if entry.used > entry.written}
         ages: list[str | int] = []
         for name, used in fresh.items():
@@ -216,7 +233,11 @@ class DemandWriter:
 
     def _evict(self) -> bool:
         """Makes room: the model used longest ago of those that nobody waits for and that are written."""
-        idle = [(e.used, name) for name, e in self._models.items() if not e.held and e.written >= e.used]
+        idle = [
+            (entry.used, name)
+            for name, entry in self._models.items()
+            if not entry.held and not entry.running and entry.written >= entry.used
+        ]
         if not idle:
             return False
         del self._models[min(idle)[1]]

@@ -144,7 +144,7 @@ class Holding:
     def enter(self, model: ServedModel, *, size: int, priority: int) -> Held | None:
         """Notes the demand. None: submit at once. `size`: bytes of the body. Raises ApiError 429."""
         entry = model.entry
-        self._demand.record_demand(entry.demand_key)
+        self._demand.began(entry.demand_key)  # until the run settles
         if not entry.wakes or self.executor.can_serve(entry.revision):
             return None
         sleeping = self._sleeping.get(entry.revision)

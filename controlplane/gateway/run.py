@@ -262,6 +262,7 @@ class Run:
         # A wait for the model's start is no sign of too few executors.
         ttft = None if context.held_seconds else context.first_token
         key = self.plan.model.entry.demand_key
+        self._demand.ended(key)
         self._demand.record_answer(key, ttft=ttft, tpot=seconds / further if further else None)
         release = self._lease.release(completion)
         if release is not None:
