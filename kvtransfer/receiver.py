@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
+import numpy as np
 from deepflow.v1 import kvtransfer_pb2 as pb
 
 from kvtransfer import metrics
@@ -33,7 +34,7 @@ from kvtransfer.peers import MAX_PEERS, LocalEnd, Peer, PeerCache
 from kvtransfer.pool import BlockStore
 from kvtransfer.rates import TransportRates
 from kvtransfer.reshape import Reshaper, Targets
-from kvtransfer.runs import Run, align, blocks_of
+from kvtransfer.runs import align, spelled
 from kvtransfer.sender import DEFAULT_LEASE_SECONDS
 from kvtransfer.shm import host_identity
 from kvtransfer.transports.base import Job, Transport, run_quarantined
@@ -395,19 +396,19 @@ class Receiver:
         self, transport: Transport, local: LocalEnd, store: BlockStore, pull: _Pull, chunk: pb.ChunkReady
     ) -> None:
         """Copies what is needed of one chunk. A block announced again is copied again."""
-        count = sum(run.count for run in chunk.runs)
+        counts = np.fromiter((run.count for run in chunk.runs), np.int64, len(chunk.runs))
+        count = int(counts.sum())
         if count != len(chunk.generations) or len(chunk.checksums) not in (0, count):
             raise TransferError(
                 TransferErrorCode.INTERNAL, "a chunk's blocks and generations differ in number"
             )
-        announced = blocks_of(Run(run.start, run.count) for run in chunk.runs)
-        wanted = [
-            (index, source)
-            for index, source in enumerate(announced, chunk.first_block)
-            if index in pull.wanted
-        ]
+        starts = np.fromiter((run.start for run in chunk.runs), np.int64, len(chunk.runs))
+        announced = spelled(starts, counts)
+        first = chunk.first_block
+        wanted = range(max(first, pull.wanted.start), min(first + count, pull.wanted.stop))
         if not wanted:
             return
+        sources = announced[wanted.start - first : wanted.stop - first]
         reshaper = pull.reshaper
         size = len(wanted) * (store.layout if reshaper is None else reshaper.staged).block_bytes
         job = Job(
@@ -424,22 +425,22 @@ class Receiver:
             metrics.INFLIGHT_BYTES.inc(size)
             try:
                 if reshaper is None:
-                    moves = align(
-                        [source for _, source in wanted], [pull.dst_blocks[index] for index, _ in wanted]
-                    )
+                    blocks = pull.dst_blocks[wanted.start : wanted.stop]
+                    moves = align(sources, blocks)
                     await transport.copy(replace(job, moves=moves))
                     pull.moves += len(moves)
                     if chunk.checksums:
-                        blocks = [pull.dst_blocks[index] for index, _ in wanted]
-                        sums = [chunk.checksums[index - chunk.first_block] for index, _ in wanted]
+                        sums = chunk.checksums[wanted.start - first : wanted.stop - first]
                         await run_quarantined(self._workers, functools.partial(compare, store, blocks, sums))
                 else:
                     targets = Targets(store, pull.dst_blocks[: pull.needed], pull.first)
-                    pull.moves += await reshaper.copy(transport, job, wanted, targets, self._workers)
+                    pull.moves += await reshaper.copy(
+                        transport, job, list(zip(wanted, sources, strict=True)), targets, self._workers
+                    )
             finally:
                 metrics.INFLIGHT_BYTES.dec(size)
                 pull.copy_seconds += self._clock() - started
-        pull.in_place.update(index for index, _ in wanted)
+        pull.in_place.update(wanted)
         pull.bytes += size
         metrics.BYTES.labels(transport.name).inc(size)
 

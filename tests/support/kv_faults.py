@@ -144,7 +144,7 @@ class Proxy:
             while data := await reader.read(1 << 16):
                 writer.write(data)
                 await writer.drain()
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: uvloop's word for a transport that was aborted
             pass
         finally:
             self._open.discard(writer)

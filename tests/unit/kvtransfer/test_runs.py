@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.runs import Run, align, blocks_of, gather, runs_of
+from kvtransfer.runs import Run, align, blocks_of, gather, runs_of, spelled
 
 blocks = st.lists(st.integers(0, 30), max_size=40)
 
@@ -17,6 +18,8 @@ blocks = st.lists(st.integers(0, 30), max_size=40)
 def test_runs_spell_their_blocks_and_are_maximal(ids: list[int]) -> None:
     runs = runs_of(ids)
     assert blocks_of(runs) == ids
+    columns = np.array([(run.start, run.count) for run in runs], np.int64).reshape(-1, 2)
+    assert spelled(columns[:, 0], columns[:, 1]) == ids
     assert all(a.start + a.count != b.start for a, b in itertools.pairwise(runs))
 
 
