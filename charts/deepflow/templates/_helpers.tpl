@@ -140,10 +140,10 @@ priorityClassName: {{ . }}
 {{- end -}}
 {{- end -}}
 
-{{/* Ports that models are fetched over, as a rule's list. */}}
-{{- define "deepflow.sourcePorts" -}}
+{{/* TCP ports as a rule's list. */}}
+{{- define "deepflow.ports" -}}
 {{- $ports := list -}}
-{{- range .Values.networkPolicies.modelSourcePorts -}}
+{{- range . -}}
 {{- $ports = append $ports (dict "port" . "protocol" "TCP") -}}
 {{- end -}}
 {{- toJson $ports -}}
