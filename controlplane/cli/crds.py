@@ -12,7 +12,10 @@ from controlplane.cli.output import CliError, note
 
 app = typer.Typer(help="Definitions of the custom resources.", no_args_is_help=True)
 
-MANAGER = "deepflow-crds"
+AGENT = "deepflow-crds"
+MANAGER = "helm"
+"""As Helm 4 itself, which installs definitions by server-side apply and refuses where somebody else owns what
+it would change: under a name of our own the next install of another version would fail."""
 POLL_SECONDS = 0.5
 ESTABLISHED_POLLS = 120  # a minute (ours): an idle API server takes under a second
 
@@ -54,10 +57,10 @@ async def _apply(kubeconfig: str) -> None:
         "customresourcedefinitions",
         namespaced=False,
     )
-    async with await connect(kubeconfig=kubeconfig, user_agent=MANAGER) as api:
+    async with await connect(kubeconfig=kubeconfig, user_agent=AGENT) as api:
         for made in definitions():
             name = made["metadata"]["name"]
-            # Helm wrote them first and gives them up: nobody else may own a field of a definition.
+            # Whoever else wrote them gives them up: nobody else may own a field of a definition.
             await api.apply(kind, made, manager=MANAGER, force=True)
             for _ in range(ESTABLISHED_POLLS):
                 if _established(await api.get(kind, "", name)):
