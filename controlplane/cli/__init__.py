@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from controlplane.cli import calibrate, chat, crds, jobs, keys, models, operator, simulate, stack, uninstall
+from controlplane.cli import (
+    calibrate,
+    chat,
+    cluster,
+    crds,
+    jobs,
+    keys,
+    models,
+    operator,
+    simulate,
+    stack,
+    uninstall,
+)
 from controlplane.cli.output import CliError, fail
 from controlplane.local.errors import AlreadyRunning, NotRunning, StackError
 from controlplane.local.topology import TopologyError
@@ -31,6 +43,7 @@ app = typer.Typer(
 app.command("up")(stack.up)
 app.command("down")(stack.down)
 app.command("status")(stack.status)
+app.command("top")(cluster.top)
 app.command("chat")(chat.chat)
 app.command("explain")(jobs.explain)
 app.command("calibrate")(calibrate.calibrate)

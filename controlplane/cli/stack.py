@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from controlplane.cli.cluster import Cluster, Context, Kubeconfig, Namespace, Row, show_status
 from controlplane.cli.output import (
     AsJson,
     CliError,
@@ -314,31 +315,50 @@ def down(state_dir: StateDir = None) -> None:
     note("stopped" if was_running or ended else "not running")
 
 
-def status(as_json: AsJson = False, state_dir: StateDir = None) -> None:
-    """Show the stack: processes, executors with role and load, models."""
+def status(
+    *,
+    as_json: AsJson = False,
+    state_dir: StateDir = None,
+    cluster: Cluster = False,
+    kubeconfig: Kubeconfig = "",
+    context: Context = "",
+    namespace: Namespace = "",
+) -> None:
+    """Show the stack here (processes, executors, models), or a cluster's models, pools and executors."""
+    if cluster or kubeconfig or context:
+        show_status(kubeconfig, context, namespace, as_json=as_json)
+        return
     value = stack_status(state_dir)
     if as_json:
         print_json(value)
         return
     up_for = ago(time.time() - value["started"])
     print(f"{value['state']} at {value['url']} (up {up_for}, supervisor pid {value['supervisor'][0]})\n")
-    table(
-        ("PROCESS", "KIND", "STATE", "PID", "RESTARTS", "LAST END"),
-        [
-            (c["name"], c["kind"], c["state"], c["pid"] or "-", c["restarts"], c["last_exit"] or "-")
-            for c in value["children"]
-        ],
-    )
-    print()
-    table(
-        ("EXECUTOR", "MODEL", "ROLE", "STATE", "RUNNING", "WAITING", "KV FREE", "ADDRESS", "NOTE"),
-        [_executor_row(executor) for executor in value["executors"]],
-    )
-    print()
-    table(
-        ("MODEL", "REVISION", "TOPOLOGY", "SOURCE"),
-        [(m["id"], m["revision"] or "-", m["topology"], m["uri"]) for m in value["models"]],
-    )
+    for number, (columns, rows) in enumerate(status_tables(value)):
+        if number:
+            print()
+        table([str(column) for column in columns], rows)
+
+
+def status_tables(value: dict[str, Any]) -> list[tuple[Row, list[Row]]]:
+    """Columns and rows: processes, executors, models."""
+    return [
+        (
+            ("PROCESS", "KIND", "STATE", "PID", "RESTARTS", "LAST END"),
+            [
+                (c["name"], c["kind"], c["state"], c["pid"] or "-", c["restarts"], c["last_exit"] or "-")
+                for c in value["children"]
+            ],
+        ),
+        (
+            ("EXECUTOR", "MODEL", "ROLE", "STATE", "RUNNING", "WAITING", "KV FREE", "ADDRESS", "NOTE"),
+            [_executor_row(executor) for executor in value["executors"]],
+        ),
+        (
+            ("MODEL", "REVISION", "TOPOLOGY", "SOURCE"),
+            [(m["id"], m["revision"] or "-", m["topology"], m["uri"]) for m in value["models"]],
+        ),
+    ]
 
 
 def _executor_row(executor: dict[str, Any]) -> tuple[object, ...]:

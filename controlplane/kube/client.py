@@ -331,6 +331,8 @@ async def connect(*, kubeconfig: str = "", context: str = "", user_agent: str = 
     configuration = kubernetes_client.Configuration()
     path = kubeconfig or os.environ.get("KUBECONFIG", "")
     in_pod = (SERVICE_ACCOUNT / "token").exists() and "KUBERNETES_SERVICE_HOST" in os.environ
+    if path and not any(os.access(part, os.R_OK) for part in path.split(os.pathsep)):
+        raise KubeError(0, "NoConfiguration", f"there is no kubeconfig at {path}")
     try:
         if in_pod and not path:
             kubernetes_config.load_incluster_config(configuration)
