@@ -32,7 +32,9 @@ def kubeconfig(emulated: World, tmp_path: Path) -> str:
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
         "users": [{"name": "u", "user": {}}],
         "clusters": [{"name": "k", "cluster": {"server": str(emulated.server.url).rstrip("/")}}],
-        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u", "namespace": emulated.namespace}}],
+        "contexts": [
+            {"name": "c", "context": {"cluster": "k", "user": "u", "namespace": emulated.namespace}}
+        ],
     }  # fmt: skip
     path = tmp_path / "kubeconfig"
     path.write_text(json.dumps(config))
