@@ -219,6 +219,20 @@ def test_a_hook_leaves_nothing_and_a_release_without_them_has_none(render: Rende
     assert {d["metadata"]["annotations"]["helm.sh/hook"] for d in kept} == {"test"}
 
 
+def test_rights_of_a_hook_are_made_before_its_job(render: Render) -> None:
+    """Hooks of one weight run in the order of their names, whatever their kinds."""
+    weights: dict[str, dict[str, int]] = {}
+    for document in render():
+        notes = document["metadata"].get("annotations") or {}
+        if "helm.sh/hook-weight" in notes:
+            weight = int(notes["helm.sh/hook-weight"])
+            weights.setdefault(notes["helm.sh/hook"], {})[document["kind"]] = weight
+    assert set(weights) == {"pre-delete", "pre-upgrade"}
+    for kinds in weights.values():
+        assert {"ServiceAccount", "Job"} < set(kinds)
+        assert all(weight < kinds["Job"] for kind, weight in kinds.items() if kind != "Job")
+
+
 def test_gateways_end_after_everything_that_they_wait_for(render: Render) -> None:
     pod = only(
         render({"gateway": {"drain": {"graceSeconds": 7, "seconds": 100}}}), "Deployment", "deepflow-gateway"
