@@ -33,7 +33,7 @@ TEMPORARY_SECONDS = 60.0
 FILE_BYTES = 4096
 """Files take whole blocks of a file system: the bound counts them."""
 MAX_PAGES = 131_072
-"""Pages of a folder (ours): their identities, told to a gateway at once, stay below gRPC's 4 MiB."""
+"""Pages of a folder (ours): their identities, told to a gateway at once, are 2 MiB."""
 LOCK_SECONDS = 1.0
 """Longest wait for the lock (ours): a stopped process may hold it."""
 LOCK_POLL_SECONDS = 0.005
