@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from controlplane.api.resources.base import parse_quantity
 from controlplane.api.resources.modelserving import ModelServing
 from controlplane.api.resources.names import ConditionType, Reason
-from controlplane.fleet.cards import card_digest, read_card
+from controlplane.fleet.cards import card_digest, fetched_digest, read_card, revision_of
 from controlplane.gateway import metrics
 from controlplane.gateway.catalogue import Catalogue, CatalogueEntry, HoldLimits, Offer, Pending
 from controlplane.gateway.modelcard import CardError, ModelCard, build_card, decode_card
@@ -39,6 +39,8 @@ CONNECT_SECONDS = 5.0
 MAX_CARDS = 1024
 """Cards kept, those of the catalogue apart: a model that goes and comes again needs no read."""
 
+UNTOLD = "?"
+
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,8 @@ class Named:
     """One model to offer, and the names that it won."""
 
     key: str  # "<namespace>/<name>"
-    entry: CatalogueEntry
+    entry: CatalogueEntry  # its revision is UNTOLD until the first executor has served it
+    uri: str
     path: Path | None  # its files, should they be here too
 
 
@@ -65,8 +68,8 @@ def named(servings: Iterable[ModelServing]) -> tuple[list[Named], list[Pending]]
         taken.update((serving.model_id, *aliases))
         status, limits = serving.status, serving.spec.limits
         key, created = "/".join(serving.key), _created(serving)
-        if not status.revision:
-            pending.append(Pending(serving.model_id, aliases, _why_no_revision(serving), key, created))
+        if not status.revision and (why := _refused(serving)):
+            pending.append(Pending(serving.model_id, aliases, why, key, created))
             continue
         uri = urlsplit(serving.spec.model.uri)
         found.append(
@@ -74,7 +77,7 @@ def named(servings: Iterable[ModelServing]) -> tuple[list[Named], list[Pending]]
                 key,
                 CatalogueEntry(
                     id=serving.model_id,
-                    revision=status.revision,
+                    revision=status.revision or UNTOLD,
                     path="",
                     aliases=aliases,
                     max_model_len=serving.spec.options.max_model_len,
@@ -89,6 +92,7 @@ def named(servings: Iterable[ModelServing]) -> tuple[list[Named], list[Pending]]
                     ),
                     created=created,
                 ),
+                serving.spec.model.uri,
                 Path(uri.path) if uri.scheme == "file" else None,
             )
         )
@@ -114,11 +118,12 @@ def _created(serving: ModelServing) -> int:
     return int(at.timestamp()) if at is not None else 0
 
 
-def _why_no_revision(serving: ModelServing) -> str:
+def _refused(serving: ModelServing) -> str:
+    """Why it will not be started; "" if it may be."""
     accepted = serving.status.condition(ConditionType.ACCEPTED)
     if accepted is not None and accepted.status == "False":
         return f"it is not accepted: {accepted.message or accepted.reason}"
-    return "its files have not been fetched yet"
+    return ""
 
 
 class Servings:
@@ -169,45 +174,65 @@ class Servings:
         found, pending = named(servings)
         offers: list[Offer] = []
         for item in found:
-            card = await self._card(item)
-            if card is not None:
-                offers.append(Offer(item.entry, card))
+            entry = await self._told(item)
+            card = await self._card(entry, item.path) if entry is not None else None
+            if entry is not None and card is not None:
+                offers.append(Offer(entry, card))
                 continue
-            entry, why = item.entry, "its tokenizer has not been published yet"
+            why = (
+                "its files have not been fetched yet"
+                if entry is None
+                else "its tokenizer is not published yet"
+            )
+            entry = item.entry
             pending.append(Pending(entry.id, entry.aliases, why, item.key, entry.created))
         await self._catalogue.offer(offers, pending)
         return len(offers) == len(found)
 
-    async def _card(self, item: Named) -> ModelCard | None:
-        digest = card_digest(item.entry.revision) or item.entry.revision
+    async def _told(self, item: Named) -> CatalogueEntry | None:
+        """The entry with its revision: as the status has it, else by what was last fetched for it."""
+        entry = item.entry
+        if entry.revision != UNTOLD:
+            return entry
+        try:
+            digest = await fetched_digest(self._redis, item.uri)
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("what was fetched for %s cannot be read: %s", item.key, error)
+            return None
+        if digest is None:
+            return None
+        return entry.model_copy(update={"revision": revision_of(entry.id, digest, entry.quantization)})
+
+    async def _card(self, entry: CatalogueEntry, path: Path | None) -> ModelCard | None:
+        digest = card_digest(entry.revision) or entry.revision
         card = self._cards.get(digest)
         if card is None:
-            card = await self._read(item)
+            card = await self._read(entry, path)
             if card is not None:
                 self._cards[digest] = card
                 if len(self._cards) > MAX_CARDS:
                     del self._cards[next(iter(self._cards))]
         return card
 
-    async def _read(self, item: Named) -> ModelCard | None:
-        if item.path is not None and await asyncio.to_thread(item.path.exists):
+    async def _read(self, entry: CatalogueEntry, path: Path | None) -> ModelCard | None:
+        if path is not None and await asyncio.to_thread(path.exists):
             try:
-                return await asyncio.to_thread(build_card, item.path)
+                return await asyncio.to_thread(build_card, path)
             except (CardError, OSError) as error:
-                log.warning("no card can be made of %s: %s", item.path, error)
+                log.warning("no card can be made of %s: %s", path, error)
         outcome = "missing"
         try:
-            data = await read_card(self._redis, item.entry.revision)
+            data = await read_card(self._redis, entry.revision)
             card = decode_card(data) if data is not None else None
             if card is not None:
                 outcome = "read"
             return card
         except (RedisError, OSError, TimeoutError) as error:
             outcome = "failed"
-            log.warning("the card of %s cannot be read: %s", item.key, error)
+            log.warning("the card of %s cannot be read: %s", entry.id, error)
         except (ValueError, KeyError, TypeError) as error:
             outcome = "invalid"
-            log.error("what is published as the card of %s is none: %s", item.key, error)
+            log.error("what is published as the card of %s is none: %s", entry.id, error)
         finally:
             metrics.CARDS.labels(outcome).inc()
         return None

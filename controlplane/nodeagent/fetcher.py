@@ -180,7 +180,7 @@ def publisher(redis: Redis) -> Callable[[FetchedModel], Awaitable[None]]:
         from controlplane.gateway.modelcard import build_card, encode_card
 
         card = await asyncio.to_thread(build_card, model.path, sha256=model.sha256)
-        await publish_card(redis, model.sha256, encode_card(card))
+        await publish_card(redis, model.sha256, encode_card(card), uri=model.uri)
 
     return publish
 

@@ -26,6 +26,7 @@ from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from controlplane.api.resources.modelserving import Role
 from controlplane.api.resources.names import PORT_FETCH, PORT_GRPC
+from controlplane.fleet.cards import revision_of
 from controlplane.operator import metrics
 from controlplane.operator.plan.values import Te, TeState
 from kvtransfer.auth import call_metadata
@@ -79,8 +80,7 @@ class Target:
 
     def revision(self, sha256: str) -> str:
         """As the local supervisor names it: another file under the same id never meets old KV."""
-        text = f"{self.model_id}@{sha256[:12]}"
-        return f"{text}+{self.quantization}" if self.quantization else text
+        return revision_of(self.model_id, sha256, self.quantization)
 
 
 @dataclass(frozen=True, slots=True)

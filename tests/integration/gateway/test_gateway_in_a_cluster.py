@@ -18,7 +18,7 @@ from controlplane.gateway.modelcard import build_card, encode_card
 from controlplane.kube.client import KubeApi
 from controlplane.kube.resources import MODEL_SERVINGS, Json
 from tests.integration.gateway.conftest import Stack, StartStack
-from tests.integration.gateway.test_gateway_streams import until
+from tests.integration.gateway.test_gateway_streams import until as until_within
 from tests.support.kube_api import KubeApiServer, kube_api
 
 NAME = "tiny"
@@ -43,6 +43,11 @@ async def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterat
 async def api(server: KubeApiServer) -> AsyncIterator[KubeApi]:
     async with KubeApi(kubernetes_client.Configuration(host=str(server.url).rstrip("/"))) as connected:
         yield connected
+
+
+async def until(condition: object) -> None:
+    """Cards, watches and polls take seconds on a machine that does other things too."""
+    await until_within(condition, 20)
 
 
 def serving(uri: str = "hf://a/b", **spec: Any) -> Json:
@@ -94,7 +99,7 @@ async def test_a_serving_at_zero_is_listed_from_the_moment_its_card_is_there(
         early = await http.post("/v1/tokenize", json=body)
         assert early.status_code == 503 and early.json()["error"]["code"] == "model_not_ready"
         first = asyncio.create_task(http.post("/v1/completions", json=body))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while (await DemandReader(stack.redis).read()).held("ns/tiny") != 1:
                 await asyncio.sleep(0.02)
         digest = await resolved(api, small_model_path)
@@ -107,6 +112,33 @@ async def test_a_serving_at_zero_is_listed_from_the_moment_its_card_is_there(
         await api.delete(MODEL_SERVINGS, "ns", NAME)
         await until(lambda: not stack.gateway.catalogue.models())
         assert (await http.post("/v1/completions", json=body)).status_code == 404
+
+
+async def test_a_first_start_is_told_as_soon_as_its_files_are_fetched(
+    api: KubeApi, start: StartStack, small_model_path: Path
+) -> None:
+    stack = await in_cluster(start)
+    uri = "hf://a/b"
+    await api.create(MODEL_SERVINGS, serving(uri, options={"quantization": "int8"}), manager=MANAGER)
+    await until(lambda: bool(stack.gateway.catalogue.pendings()))
+    body = {"model": NAME, "prompt": "one two three", "stream": True}
+    async with stack.http() as http:
+
+        async def lines() -> list[str]:
+            async with http.stream("POST", "/v1/completions", json=body) as response:
+                return [line async for line in response.aiter_lines() if line]
+
+        asked = asyncio.create_task(lines())
+        digest = hashlib.sha256(small_model_path.read_bytes()).hexdigest()
+        card = encode_card(await asyncio.to_thread(build_card, small_model_path))
+        await publish_card(stack.redis, digest, card, uri=uri)
+        await until(lambda: bool(stack.gateway.catalogue.models()))
+        assert stack.gateway.catalogue.resolve(NAME).revision == f"{NAME}@{digest[:12]}+int8"
+        await until(lambda: bool(stack.gateway.holding._sleeping))
+        await asyncio.sleep(0.1)
+        stack.executor.serving = True
+        told = await asked
+    assert told[0].startswith(": waking") and told[-1] == "data: [DONE]"
 
 
 async def test_a_request_for_a_serving_at_zero_is_held_by_its_own_limits(

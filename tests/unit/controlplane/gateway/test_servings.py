@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from controlplane.api.resources.modelserving import ModelServing
-from controlplane.gateway.servings import named, stage_of
+from controlplane.gateway.servings import UNTOLD, named, stage_of
 
 
 def serving(name: str, *, created: int = 0, **changes: Any) -> ModelServing:
@@ -55,16 +55,17 @@ def test_of_two_that_want_a_name_the_older_has_it() -> None:
     ]  # fmt: skip
 
 
-def test_a_serving_without_a_revision_is_known_by_name_with_the_reason() -> None:
+def test_one_that_was_never_started_has_no_revision_and_a_refused_one_says_why() -> None:
     refused = {
         "revision": "",
         "conditions": [condition("Accepted", "False", "InvalidSource", "no such file")],
     }
     found, pending = named([serving("m", status={"revision": ""}), serving("n", status=refused)])
-    assert not found
-    first, second = pending
-    assert (first.id, first.demand) == ("m", "ns/m") and "not been fetched" in first.why
-    assert second.id == "n" and "no such file" in second.why
+    assert [(item.entry.id, item.entry.revision, item.uri) for item in found] == [
+        ("m", UNTOLD, "file:///models/m.gguf")
+    ]
+    assert [(item.id, item.demand) for item in pending] == [("n", "ns/n")]
+    assert "no such file" in pending[0].why
 
 
 def test_the_stage_is_what_keeps_it_from_being_ready() -> None:
