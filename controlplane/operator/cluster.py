@@ -111,6 +111,7 @@ class Cluster:
         self.scaling: dict[Key, ScalingState] = {}  # what the scaling loop last saw and decided
         self.reserved: set[str] = set()  # uids of pods that a claim or a deletion under way names
         self.on_serving: Callable[[Key], None] = lambda _: None
+        self.on_executor: Callable[[Key], None] = lambda _: None
         self.on_pool: Callable[[Key], None] = lambda _: None
         self.pods.on_change(self._pod_changed)
         self.servings.on_change(lambda old, new: self.on_serving(key_of(new or old or {})))
@@ -208,7 +209,10 @@ class Cluster:
 
     def _executor_changed(self, uid: str) -> None:
         for obj in self.pods.by("uid", uid):
-            self.tell(obj)
+            meta = obj["metadata"]
+            serving = (meta.get("labels") or {}).get(LABEL_SERVING)
+            if serving:  # a claimed executor's state is nothing to its pool
+                self.on_executor((meta.get("namespace", ""), serving))
 
     def tell(self, obj: Json) -> None:
         """A pod changed: its ModelServing and its pool look again."""

@@ -35,6 +35,8 @@ SYNC_SECONDS = 300.0
 """Without a first list after this the process ends, and says so by its restart."""
 SILENT_SECONDS = 600.0
 """Watches that were silent for so long make the process unready (each is renewed within 5 minutes)."""
+GATHER_SECONDS = 0.02
+"""Answers of a model's executors come together after a start: they are one look, not one each."""
 MEASURE_SECONDS = 5.0
 
 log = logging.getLogger("deepflow.operator")
@@ -62,6 +64,7 @@ class Operator:
             async with asyncio.timeout(SYNC_SECONDS):
                 await cluster.synced()
             cluster.on_serving = self.servings.queue.add
+            cluster.on_executor = lambda key: self.servings.queue.add_after(key, GATHER_SECONDS)
             cluster.on_pool = self.pools.queue.add
             for obj in cluster.servings:
                 self.servings.queue.add(key_of(obj))

@@ -53,6 +53,8 @@ from tests.support.kube_world import ADDRESSES, connect
 NAMESPACE, POOL = "bench", "pool"
 SERVINGS, PODS_EACH, WARM = 1000, 9, 1000
 SETTLE_SECONDS = 240.0
+IDLE_SECONDS = 10.0
+GAP_SECONDS = 0.1  # between two changes
 AIM_SECONDS = 1.0
 WORLD = "--world"
 
@@ -232,12 +234,13 @@ async def measure(report: Report, url: str, servings: int, changes: int) -> None
 
         await quiet()
         settled = time.perf_counter() - started
+        print(f"settled after {settled:.1f} s", file=sys.stderr, flush=True)
         writes, cpu = api.writes, process.cpu_times()
-        await asyncio.sleep(10)
+        await asyncio.sleep(IDLE_SECONDS)
         used = process.cpu_times()
-        idle_cpu = (used.user + used.system - cpu.user - cpu.system) / 10
+        idle_cpu = (used.user + used.system - cpu.user - cpu.system) / IDLE_SECONDS
         idle_writes = api.writes - writes
-        took = sorted(await answers(client, changes, servings, rand, gap=0.1, first=PODS_EACH + 1))
+        took = sorted(await answers(client, changes, servings, rand, gap=GAP_SECONDS, first=PODS_EACH + 1))
         memory = process.memory_info().rss
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
