@@ -200,7 +200,7 @@ class World:
 
     # -- waiting -----------------------------------------------------------------------------------------
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 20.0, why: str = "") -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 60.0, why: str = "") -> None:
         """Polls a coroutine function until it is true."""
         try:
             async with asyncio.timeout(seconds):
@@ -209,7 +209,7 @@ class World:
         except TimeoutError:
             raise AssertionError(f"not within {seconds:g} s: {why}\n{await self.describe()}") from None
 
-    async def until_serving(self, count: int, name: str = "m", seconds: float = 20.0) -> list[Json]:
+    async def until_serving(self, count: int, name: str = "m", seconds: float = 60.0) -> list[Json]:
         async def there() -> bool:
             return (
                 len(await self.serving_pods(name)) == count
@@ -219,13 +219,13 @@ class World:
         await self.until(there, seconds, f"{count} pods serve {name}")
         return await self.serving_pods(name)
 
-    async def until_ready(self, reason: str, name: str = "m", seconds: float = 20.0) -> None:
+    async def until_ready(self, reason: str, name: str = "m", seconds: float = 60.0) -> None:
         async def there() -> bool:
             return (await self.condition("Ready", name))[1] == reason
 
         await self.until(there, seconds, f"{name} is {reason}")
 
-    async def until_warm(self, count: int, seconds: float = 20.0) -> None:
+    async def until_warm(self, count: int, seconds: float = 60.0) -> None:
         async def there() -> bool:
             warm = await self.pods(state="warm")
             ready = [p for p in warm if any(c["type"] == "Ready" and c["status"] == "True"

@@ -198,7 +198,7 @@ def sim(found: list[Pod], want: dict[Role, int], *, deleting: bool = False) -> S
 losses = st.lists(st.sets(st.integers(0, 12), max_size=6), max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(pods(), counts, losses)
 def test_plans_converge_and_then_want_nothing(
     found: list[Pod], want: dict[Role, int], lost: list[set[int]]
@@ -215,7 +215,7 @@ def test_plans_converge_and_then_want_nothing(
     assert len(world.warm()) == world.pool.size
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(pods(), counts, losses)
 def test_what_serves_goes_only_once_enough_others_do(
     found: list[Pod], want: dict[Role, int], lost: list[set[int]]
@@ -245,7 +245,7 @@ def test_what_serves_goes_only_once_enough_others_do(
         world.turn(losing)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(pods(), counts, losses)
 def test_executors_never_exceed_the_wanted_by_more_than_the_surge(
     found: list[Pod], want: dict[Role, int], lost: list[set[int]]
@@ -280,7 +280,7 @@ def test_deleting_ends_every_executor(found: list[Pod], lost: list[set[int]]) ->
     assert not world.all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(pods(), counts)
 def test_a_plan_is_a_function_of_what_is_there(found: list[Pod], want: dict[Role, int]) -> None:
     world = sim(found, want)
@@ -294,7 +294,7 @@ def replace_order(world: Sim) -> Sim:
     return Sim(world.serving, world.pool, dict(reversed(world.pods.items())))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from([TEMPLATE, "old"])), max_size=12),
     st.integers(0, 6),
