@@ -227,6 +227,7 @@ class Cluster:
         self._poll(before, now)
         if now is None and before is not None:
             self._parsed.pop(uid_of(before), None)
+            self.executors.forget(uid_of(before))
         for obj in (before, now):
             if obj is not None:
                 self.tell(obj)

@@ -25,11 +25,12 @@ from controlplane.kube.resources import PODS, WARM_POOLS, Json, Key, key_of, uid
 from controlplane.operator import metrics
 from controlplane.operator.acting import Actor
 from controlplane.operator.cluster import Cluster, trim_pod
+from controlplane.operator.executors import Address
 from controlplane.operator.plan import plan_pool
 from controlplane.operator.plan.pool import HOLD_SECONDS
 from controlplane.operator.plan.status import Said, pool_condition
 from controlplane.operator.plan.values import Create, Delete, Pod, Pool
-from controlplane.operator.pods import hash_of, pod_spec, warm_pod
+from controlplane.operator.pods import hash_of, pod_spec, te_id, warm_pod
 from controlplane.operator.statuses import conditions_of, write_status
 
 CREATES_AT_ONCE = 16
@@ -82,12 +83,23 @@ class PoolController:
                     if action.reason is Reason.POD_FAILED:
                         self._hold(key, f"pod {action.pod.key[1]} failed: {action.pod.problem_text}")
                     await self._actor.act(action, obj, None)
+            self._prefetch(key, pool)
         pods = self._pods(key)
         ready = sum(pod.ready and pod.state is PodState.WARM and not pod.deleting for pod in pods)
         if failures and ready >= wanted.size:
             self._holds.pop(key, None)
         await self._say(obj, wanted, pods, words)
         return plan.again_after or EVERY_SECONDS
+
+    def _prefetch(self, key: Key, pool: WarmPool) -> None:
+        """Asks the fetchers of warm pods for the pool's models: a claim then loads from there."""
+        uris = frozenset(pool.spec.models)
+        if not uris:
+            return
+        for obj in self._cluster.pods.by("warm", f"{key[0]}/{key[1]}"):
+            pod, ip = self._cluster.pod(obj), (obj.get("status") or {}).get("podIP")
+            if pod is not None and pod.ready and ip:
+                self._cluster.executors.prefetch(pod.uid, Address(te_id(*pod.key), ip), uris)
 
     def _pods(self, key: Key) -> list[Pod]:
         """A warm pod that a claim under way names counts as claimed."""
