@@ -1,65 +1,63 @@
-"""The fetcher's cards: what it has fetched, gateways can tokenize for. Real Valkey, the small model."""
+"""The fetcher of an executor's pod, over HTTP: one fetch per model, failures told once, a token needed."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
+from aiohttp.test_utils import TestClient, TestServer
 
-from controlplane.fleet.cards import card_digest, publish_card, read_card
-from controlplane.gateway.modelcard import decode_card
-from controlplane.local.valkey import ValkeyServer
-from controlplane.nodeagent import fetcher as module
-from controlplane.nodeagent.fetcher import Fetcher, publisher
+from controlplane.nodeagent.fetcher import Fetcher, application
+
+TOKEN = {"Authorization": "Bearer secret"}
 
 
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CARD_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(module, "CARD_WAIT_MAX_SECONDS", 0.2)
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[TestClient]:  # type: ignore[type-arg]
+    async with TestClient(TestServer(application(Fetcher(tmp_path / "cache"), "secret"))) as made:
+        yield made
 
 
-async def test_the_card_of_a_fetched_model_is_published_once_redis_is_there(
-    valkey_server: Callable[[], ValkeyServer], small_model_path: Path, tmp_path: Path
-) -> None:
-    server = valkey_server()
-    url = server.url
-    server.kill()
-    async with Redis.from_url(url) as redis:
-        fetcher = Fetcher(tmp_path, publisher(redis))
-        uri = f"file://{small_model_path}"
-        async with asyncio.timeout(30):
-            while fetcher.ask(uri)["state"] != "ready":  # the files do not wait for Redis
-                await asyncio.sleep(0.05)
-        server.start()
-        sha256 = hashlib.sha256(small_model_path.read_bytes()).hexdigest()
-        async with asyncio.timeout(30):
-            while (data := await read_card(redis, f"m@{sha256[:12]}+int8")) is None:
-                await asyncio.sleep(0.05)
-        card = decode_card(data)
-        assert card is not None and card.sha256 == sha256 and card.chat_template
-        assert await redis.ttl(f"deepflow:card:{sha256[:12]}") > 29 * 86_400
-        await fetcher.close()
+async def ask(client: TestClient, uri: object, **headers: str) -> tuple[int, dict[str, object]]:  # type: ignore[type-arg]
+    answer = await client.post("/v1/models", json={"uri": uri}, headers=headers or TOKEN)
+    return answer.status, await answer.json()
 
 
-async def test_a_model_without_a_card_is_fetched_all_the_same(clean_valkey: str, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF and nothing else")
-    async with Redis.from_url(clean_valkey) as redis:
-        fetcher = Fetcher(tmp_path / "cache", publisher(redis))
-        async with asyncio.timeout(10):
-            while fetcher.ask(f"file://{tmp_path}/m.gguf")["state"] != "ready" or fetcher._running:
-                await asyncio.sleep(0.02)
-        assert not await redis.keys("deepflow:card:*")
+async def settled(client: TestClient, uri: str) -> dict[str, object]:  # type: ignore[type-arg]
+    async with asyncio.timeout(20):
+        while True:
+            status, answer = await ask(client, uri)
+            assert status == 200
+            if answer["state"] != "fetching":
+                return answer
+            await asyncio.sleep(0.01)
 
 
-async def test_a_card_is_named_by_the_digest_in_a_revision(clean_valkey: str) -> None:
-    assert card_digest("a@b@0123456789ab") == card_digest("m@0123456789ab+int4") == "0123456789ab"
-    assert card_digest("model@1") is None
-    async with Redis.from_url(clean_valkey) as redis:
-        assert await read_card(redis, "model@1") is None
-        with pytest.raises(ValueError, match="larger"):
-            await publish_card(redis, "0" * 64, b" " * ((64 << 20) + 1))
+async def test_a_model_is_fetched_and_named_by_its_digest(client: TestClient, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"weights")
+    answer = await settled(client, f"file://{model}")
+    assert answer["state"] == "ready" and answer["path"] == str(model)
+    assert answer["sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+async def test_a_failure_is_told_and_the_next_call_tries_again(client: TestClient, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    model = tmp_path / "m.gguf"
+    answer = await settled(client, f"file://{model}")
+    assert answer["state"] == "failed" and answer["hopeless"] and "m.gguf" in str(answer["message"])
+    model.write_bytes(b"now")
+    assert (await settled(client, f"file://{model}"))["state"] == "ready"
+
+
+async def test_without_the_token_nothing_is_fetched(client: TestClient) -> None:  # type: ignore[type-arg]
+    status, answer = await ask(client, "file:///x", Authorization="Bearer other")
+    assert status == 401 and "token" in str(answer["message"])
+
+
+async def test_bad_requests_are_refused(client: TestClient) -> None:  # type: ignore[type-arg]
+    for uri in (None, 7, "", "x" * 2000):
+        assert (await ask(client, uri))[0] == 400
+    assert (await settled(client, "ftp://a/b"))["hopeless"] is True
