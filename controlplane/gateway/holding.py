@@ -23,6 +23,7 @@ from controlplane.api.errors import ApiError
 from controlplane.fleet.demand import DemandWriter
 from controlplane.gateway import metrics
 from controlplane.gateway.catalogue import Catalogue, CatalogueEntry, HoldLimits, ServedModel
+from controlplane.gateway.context import RequestContext
 from controlplane.gateway.run import Run
 from controlplane.gateway.settings import GatewaySettings
 from controlplane.gateway.wake import Stage, Wake, WakeTimes, seconds_left
@@ -98,11 +99,12 @@ class Held:
             raise
         finally:
             waited = self._holding.clock() - self.since
-            run.context.held_seconds = waited
+            run.context.held_seconds += waited
             run.context.stage("hold")
             if outcome == "served":
                 metrics.HOLD_SECONDS.observe(waited)
-                run.context.response_headers.append((b"x-deepflow-held-seconds", b"%.3f" % waited))
+                held = b"%.3f" % run.context.held_seconds
+                run.context.response_headers.append((b"x-deepflow-held-seconds", held))
             metrics.HOLDS.labels(outcome).inc()
             self._holding.leave(self._sleeping, self._number)
 
@@ -163,18 +165,20 @@ class Holding:
         self._some.set()
         return ticket
 
-    async def introduce(self, catalogue: Catalogue, name: str, *, size: int) -> ServedModel:
+    async def introduce(self, catalogue: Catalogue, name: str, context: RequestContext) -> ServedModel:
         """For a name whose model was never started, as when its ModelServing is new: nobody has its tokenizer
         yet, and being asked for is what brings it. Held within the bounds of the settings, without comments,
         for there is no answer to comment on. Raises ApiError as `Catalogue.resolve`, 429 hold_full."""
         pending = catalogue.pending(name)
         if pending is None:
             return catalogue.resolve(name)
-        settings, key = self.settings, pending.demand
+        settings, key, size = self.settings, pending.demand, context.body_bytes
         if self._held[key] >= settings.hold_requests:
             raise _full(pending.id, _REQUESTS, RETRY_AFTER_SECONDS)
         if self._bytes + size > settings.hold_total_bytes:
             raise _full(pending.id, _BYTES, RETRY_AFTER_SECONDS)
+        context.stage("read")
+        since = self.clock()
         self._add(key, 1, size)
         try:
             with contextlib.suppress(TimeoutError):
@@ -183,6 +187,8 @@ class Holding:
                         await catalogue.changed()
         finally:
             self._add(key, -1, -size)
+            context.held_seconds += self.clock() - since
+            context.stage("hold")
         return catalogue.resolve(name)
 
     def leave(self, sleeping: _Sleeping, number: int) -> None:

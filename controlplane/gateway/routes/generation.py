@@ -32,7 +32,7 @@ async def create_chat_completion(request: Request) -> Response:
     context = context_of(request)
     body = await read_model(request, ChatCompletionRequest, gateway.settings)
     model = gateway.catalogue.find(body.model) or await gateway.holding.introduce(
-        gateway.catalogue, body.model, size=context.body_bytes
+        gateway.catalogue, body.model, context
     )
     context.model = model.id
     context.stage("read")
@@ -54,7 +54,7 @@ async def create_completion(request: Request) -> Response:
     context = context_of(request)
     body = await read_model(request, CompletionRequest, gateway.settings)
     model = gateway.catalogue.find(body.model) or await gateway.holding.introduce(
-        gateway.catalogue, body.model, size=context.body_bytes
+        gateway.catalogue, body.model, context
     )
     context.model = model.id
     context.stage("read")

@@ -109,6 +109,8 @@ async def test_a_serving_at_zero_is_listed_from_the_moment_its_card_is_there(
         assert stack.gateway.catalogue.resolve("t").id == NAME
         stack.executor.serving = True
         assert (await first).status_code == 200, "the first request ever was held for the tokenizer, too"
+        demand = await DemandReader(stack.redis).read()
+        assert not [r for r in demand.gateways.values() if r.ttft], "which is no sign of a slow model"
         await api.delete(MODEL_SERVINGS, "ns", NAME)
         await until(lambda: not stack.gateway.catalogue.models())
         assert (await http.post("/v1/completions", json=body)).status_code == 404
