@@ -7,7 +7,8 @@ abstraction, with replay so that an executor's death is a pause and not an error
 |----------|-------------------------------------------------------------------------------------|
 | serving  | the border to the gateway: request in, choice deltas out                             |
 | runtime  | `ServingRuntime`: everything below opened and closed together                        |
-| executor | admission, the held queue and its pump, deadlines                                    |
+| executor | admission, the pump over what waits, deadlines                                      |
+| waiting  | what waits: a fair queue per model, and finished prefills                            |
 | job      | one request's choices and their delivery                                             |
 | choice   | one choice: placed, streamed, handed over, replayed                                  |
 | progress | which tokens are new, whatever attempts repeat (pure)                                |
