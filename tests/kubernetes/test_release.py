@@ -51,7 +51,7 @@ def release(helm: str, cluster: str, tmp_path_factory: pytest.TempPathFactory) -
         environment = {name: str(folder / name) for name in ("HELM_CACHE_HOME", "HELM_CONFIG_HOME")}
         made = subprocess.run(
             command, capture_output=True, text=True, timeout=120, check=False,
-            env={**environment, "HELM_DATA_HOME": str(folder), "PATH": "/usr/bin:/bin"},
+            env={**environment, "HELM_DATA_HOME": str(folder), "HOME": str(folder), "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
         return made.stdout
