@@ -123,11 +123,11 @@ class DiskTier:
             if not self._told:
                 return [], []
             told, self._told = self._told, []
-            metrics.DISK_PENDING.set(len(self._pending) * self._page_bytes)
         before = {identity: identity in self for identity, _ in told}
         for identity, held in told:
             self._pending.pop(identity, None)
             (self._held.add if held else self._held.discard)(identity)
+        metrics.DISK_PENDING.set(len(self._pending) * self._page_bytes)
         came = [identity for identity, was in before.items() if not was and identity in self]
         went = [identity for identity, was in before.items() if was and identity not in self]
         return came, went

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from flowserve.rtc import RTC, PopulateState
+from flowserve.rtc import RTC, PopulateState, metrics
 from flowserve.rtc.disk import DiskTier
 from flowserve.rtc.folder import ACCOUNT, TEMPORARY, PageFolder, prepare
 from flowserve.rtc.pagefile import HEADER_BYTES, PageLost, Seal
@@ -237,6 +237,7 @@ def test_evicted_blocks_come_back_from_the_disk_and_after_a_restart(tmp_path: Pa
     until(lambda: len(files(tmp_path)) == 4)
     cache.collect()
     assert not disk._pending and cache.take_changes() is None
+    assert metrics.DISK_PENDING._value.get() == 0
     state, table = populated(cache, tokens)
     assert state is PopulateState.DONE
     names = cache.identities(tokens)
