@@ -79,7 +79,8 @@ class Prefixes:
     # -- out -------------------------------------------------------------------------------------
 
     def lend(self, identities: Seq[bytes]) -> tuple[str, int]:
-        """Opens a transfer of the first of `identities` that are on the device: (its id, how many).
+        """Opens a transfer of the first of `identities` that are on the device, as many as may be lent:
+        (its id, how many).
 
         Raises NotCached, LendingBusy, or what the exchange raises; nothing is held then.
         """
@@ -87,9 +88,10 @@ class Prefixes:
         if self._exchange is None or not len(match):
             raise NotCached("no block of the prefix is cached here")
         lent = sum(map(len, self._lent.values()))
-        if len(self._lent) >= MAX_LENDS or lent + len(match) > LEND_SHARE * self._cache.num_blocks:
+        room = int(LEND_SHARE * self._cache.num_blocks) - lent
+        if len(self._lent) >= MAX_LENDS or room < 1:
             raise LendingBusy(f"{lent} blocks are lent already")
-        blocks = self._cache.alloc_blocks(0, match)
+        blocks = self._cache.alloc_blocks(0, match.first(room))
         assert blocks is not None, "nothing is allocated for a match on the device"
         transfer_id = f"prefix.{secrets.token_hex(8)}"
         self._lent[transfer_id] = blocks

@@ -88,7 +88,8 @@ async def measure(args: argparse.Namespace, report: common.Report, folder: Path)
         target = await stack.enter_async_context(
             executor("te-target", folder, shm_dir=folder, options=options)
         )
-        await source.load(model, REVISION, dtype="bfloat16", kv_cache_bytes=3 * pool)
+        # A quarter of its pool may be lent: all of a prompt.
+        await source.load(model, REVISION, dtype="bfloat16", kv_cache_bytes=5 * pool)
         await target.load(model, REVISION, dtype="bfloat16", kv_cache_bytes=pool)
         there = await stack.enter_async_context(source.connect())
         here = await stack.enter_async_context(target.connect())
