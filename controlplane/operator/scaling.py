@@ -165,9 +165,12 @@ class ScalingLoop:
         objects = {role: scaler for role, scaler in found.items() if scaler is not None}
         if len(objects) < len(found):
             return  # being made
+        replicas = {role: scalers.replicas_of(scaler) for role, scaler in objects.items()}
+        if not scale and any(replicas.values()) and model.wake_began is None:
+            model.zero_since = None
+            return  # between two looks at the load only zero matters
         state = self._cluster.scaling.setdefault(key, ScalingState())
         overridden = scalers.overrides(self._cluster, key, serving, self._wall())
-        replicas = {role: scalers.replicas_of(scaler) for role, scaler in objects.items()}
         pods = self._cluster.pods_of_serving(key)
         if await self._activate(key, obj, model, serving, demand=demand, objects=objects,
                                 overridden=overridden, replicas=replicas, pods=pods):  # fmt: skip
