@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.api.resources.names import GROUP
+from controlplane.api.resources.names import GROUP, LABEL_COMPONENT
 from tests.support.release import Release, Reply, example, release, streams, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,6 +61,12 @@ def apply(cluster: Release, **spec: Any) -> None:
     roles = {role: {"min": 0, "max": 1} for role in ROLES}
     document = example(SERVING, options={"dtype": "float32"}, roles=roles, **spec)
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(document))
+
+
+def gateways(cluster: Release) -> set[str]:
+    """Uids of those that are not on their way out."""
+    pods = cluster.get("pods", "-l", f"{LABEL_COMPONENT}=gateway")
+    return {pod["metadata"]["uid"] for pod in pods if not pod["metadata"].get("deletionTimestamp")}
 
 
 async def serves(cluster: Release) -> None:
@@ -129,10 +135,11 @@ async def test_a_model_at_zero_stays_listed_holds_a_request_and_answers_it(clust
 
 
 async def test_an_upgrade_drops_no_stream(cluster: Release) -> None:
-    await serves(cluster)
+    apply(cluster, scaling={"scaleToZeroAfterSeconds": 600})
     expected = await cluster.ask("/v1/chat/completions", chat(600))
+    await serves(cluster)
     complete(expected, 600)
-    old = {pod["metadata"]["uid"] for pod in cluster.get("pods", "-l", "app.kubernetes.io/part-of=deepflow")}
+    old = gateways(cluster)
     async with streams(cluster, chat(600), 4, events=5) as replies:
         await asyncio.to_thread(
             cluster.upgrade,
@@ -141,8 +148,7 @@ async def test_an_upgrade_drops_no_stream(cluster: Release) -> None:
     for reply in replies:
         complete(reply, 600)
         assert reply.text == expected.text
-    new = {pod["metadata"]["uid"] for pod in cluster.get("pods", "-l", "app.kubernetes.io/component=gateway")}
-    assert new and not new & old, "the gateways are new ones"
+    assert gateways(cluster) and not gateways(cluster) & old, "they are new ones"
     complete(await cluster.ask("/v1/chat/completions", chat(16)), 16)
 
 
