@@ -37,6 +37,8 @@ SILENT_SECONDS = 600.0
 """Watches that were silent for so long make the process unready (each is renewed within 5 minutes)."""
 GATHER_SECONDS = 0.02
 """Answers of a model's executors come together after a start: they are one look, not one each."""
+POOL_GATHER_SECONDS = 0.1
+"""A pool of thousands changes with each of its pods: a look at all of them is made at most so often."""
 MEASURE_SECONDS = 5.0
 
 log = logging.getLogger("deepflow.operator")
@@ -65,7 +67,7 @@ class Operator:
                 await cluster.synced()
             cluster.on_serving = self.servings.queue.add
             cluster.on_executor = lambda key: self.servings.queue.add_after(key, GATHER_SECONDS)
-            cluster.on_pool = self.pools.queue.add
+            cluster.on_pool = lambda key: self.pools.queue.add_after(key, POOL_GATHER_SECONDS)
             for obj in cluster.servings:
                 self.servings.queue.add(key_of(obj))
             for obj in cluster.pools:

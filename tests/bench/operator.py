@@ -275,7 +275,7 @@ async def main() -> int:
     try:
         assert process.stdout is not None
         line = await asyncio.to_thread(process.stdout.readline)
-        await measure(report, json.loads(line)["url"], servings, 50 if args.quick else 200)
+        await measure(report, json.loads(line)["url"], servings, 50 if args.quick else 100)
     finally:
         process.kill()
         process.wait()
