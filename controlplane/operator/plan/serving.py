@@ -76,7 +76,9 @@ def plan_serving(
         for role in Role
     }
     missing = sum(lacking.values()) - len(made)
-    moving = bool(actions or draining or outdated or missing) or any(not pod.serves for pod in good)
+    moving = bool(actions or draining or outdated or missing) or any(
+        not pod.serves or pod.silent for pod in good
+    )
     return Plan(
         actions=tuple(actions[: timing.max_actions]),
         missing=missing,

@@ -66,6 +66,11 @@ class Pod:
     load_error: str = ""
 
     @property
+    def silent(self) -> bool:
+        """It gave no answer to the last call; nobody tells when that becomes too long."""
+        return self.te is not None and self.te.state is TeState.UNREACHABLE
+
+    @property
     def serves(self) -> bool:
         """Takes tasks, as far as anyone knows. One that is silent to us alone may well serve others."""
         if self.deleting or self.ended or self.state is not PodState.SERVING:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -213,6 +214,33 @@ def test_plans_converge_and_then_want_nothing(
     assert world.met(), (world.serving.want, world.all())
     assert world.plan().actions == () and world.plan().again_after is None
     assert len(world.warm()) == world.pool.size
+
+
+@pytest.mark.parametrize("state", list(TeState))
+def test_only_while_every_executor_answers_and_serves_nobody_looks_again(state: TeState) -> None:
+    serving = Serving(("n", "m"), "s", {Role.COLOCATED: 1}, HASH)
+    now = 1000.0
+    te = Te(
+        state,
+        role=Role.COLOCATED,
+        epoch=1,
+        revision="m@1",
+        silent_since=now if state is TeState.UNREACHABLE else None,
+    )
+    pod = Pod(
+        ("n", "p"),
+        "u",
+        "1",
+        PodState.SERVING,
+        serving_uid="s",
+        role=Role.COLOCATED,
+        epoch=1,
+        load_hash=HASH,
+        ready=True,
+        te=te,
+    )
+    plan = plan_serving(serving, [pod], (), now, may_claim=0)
+    assert (plan.again_after is None) == (state is TeState.READY)
 
 
 @settings(max_examples=75, deadline=None)
