@@ -12,6 +12,10 @@ its share, `controlplane.scheduling.roles`) times the executors that serve, aver
 
 A share of answers that miss the SLO above the allowed one adds executors to the side that causes it (TTFT:
 prefill or colocated, TPOT: decode or colocated), once per window, judged anew when the new ones serve.
+Slowness alone is no load: on a slow machine one request makes a long queue and long steps, and another
+executor would stand beside it and wait. So nobody is added beyond the tasks that are there to be shared, or
+beyond what the KV in use asks for.
+
 Prefill and decode stay within their ratio by raising the lower side. An executor that is still starting is
 never idle: while some start, nothing goes down. Zero load is a signal like any other; zero replicas come only
 from idleness, and one after zero is not decided here but by the activator, apart from minima that schedules
@@ -35,6 +39,10 @@ MIN_ANSWERS = 10
 MAX_SAMPLES = 4096
 """Of a window; above one a second over the longest window that fields allow (ours)."""
 SLACK = 1e-6
+ANY_NUMBER = 1 << 30
+OVERLAP_TASKS = 0.5
+"""Of the average number of tasks, what is no second one: looks that fall between the end of a request and the
+beginning of the next see both (ours)."""
 
 
 class Cause(enum.StrEnum):
@@ -98,6 +106,8 @@ class Signals:
     idle: float | None = None  # seconds since the last request; None: unknown
     held: int = 0
     running: int = 0  # tasks in executors
+    tasks: Mapping[Role, int] | None = None  # that a role's executors could share, held ones too
+    kv: Mapping[Role, float] = field(default_factory=dict)  # KV in use, 1 = as much as its target
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +134,7 @@ class Autoscaler:
 
     def __init__(self) -> None:
         self._work: dict[Role, deque[tuple[float, float]]] = {}
+        self._tasks: dict[Role, deque[tuple[float, float]]] = {}
         self._answers: deque[tuple[float, int, int, int, int]] = deque(maxlen=MAX_SAMPLES)
         self._wanted: dict[Role, deque[tuple[float, int]]] = {}
         self._panic_until = -math.inf
@@ -151,6 +162,7 @@ class Autoscaler:
         panic = self._panics(policy, signals, current)
         for role, count in current.items():
             wanted[role] = self._by_work(policy, signals, role, count, panic=panic, causes=causes)
+            wanted[role] = min(wanted[role], self._useful(policy, signals, role))
         if not starting:
             self._by_slo(policy, signals, current, wanted, causes)
         for role, count in current.items():
@@ -178,6 +190,10 @@ class Autoscaler:
             if role in signals.score:
                 samples.append((signals.now, signals.score[role] * max(signals.ready.get(role, 0), 1)))
             _forget(samples, signals.now - policy.stable_window)
+            if signals.tasks is not None:
+                there = self._tasks.setdefault(role, deque(maxlen=MAX_SAMPLES))
+                there.append((signals.now, float(signals.tasks.get(role, 0))))
+                _forget(there, signals.now - policy.stable_window)
         missed_ttft = above(signals.ttft, policy.ttft) if policy.ttft is not None else 0
         missed_tpot = above(signals.tpot, policy.tpot) if policy.tpot is not None else 0
         counts = (sum(signals.ttft.values()), missed_ttft, sum(signals.tpot.values()), missed_tpot)
@@ -187,13 +203,25 @@ class Autoscaler:
             self._answers.popleft()
 
     def _average(self, role: Role, since: float) -> float | None:
-        values = [work for at, work in self._work[role] if at > since]
-        return sum(values) / len(values) if values else None
+        return _mean(self._work[role], since)
+
+    def _useful(self, policy: ScalePolicy, signals: Signals, role: Role) -> int:
+        """The most executors of a role that would have anything to do: one for each task, on average over the
+        window that shows more, or as many as the KV in use fills. Without counts of tasks: no bound."""
+        there = self._tasks.get(role)
+        if signals.tasks is None or not there:
+            return ANY_NUMBER
+        windows = (policy.stable_window, policy.panic_window)
+        tasks = max(_mean(there, signals.now - window) or 0.0 for window in windows)
+        full = signals.kv.get(role, 0.0) * max(signals.ready.get(role, 0), 1)
+        return max(1, math.ceil(tasks - OVERLAP_TASKS - SLACK), math.ceil(full - SLACK))
 
     def _panics(self, policy: ScalePolicy, signals: Signals, current: Mapping[Role, int]) -> bool:
         for role, count in current.items():
             work = self._average(role, signals.now - policy.panic_window)
-            if work is not None and count and work >= policy.panic_threshold * count:
+            if work is None or not count:
+                continue
+            if min(work, self._useful(policy, signals, role)) >= policy.panic_threshold * count:
                 self._panic_until = signals.now + policy.stable_window
         return signals.now < self._panic_until
 
@@ -237,6 +265,8 @@ class Autoscaler:
                 continue
             more = (share - policy.allowed_violations) / max(1 - policy.allowed_violations, SLACK)
             asked = max(current[role] + 1, math.ceil(current[role] * (1 + more) - SLACK))
+            # Who is there stays while answers are late; more come only if they would have something to do.
+            asked = max(current[role], min(asked, self._useful(policy, signals, role)))
             if asked > wanted[role]:
                 wanted[role] = asked
                 causes[role] = (Cause.SLO, f"{share:.0%} of {answers} answers miss {what} {limit:g} s")
@@ -325,6 +355,11 @@ def _decision(
                 cause = Cause.LESS
             changes.append(Change(role, count, wanted[role], cause, message))
     return Decision(dict(wanted), tuple(changes), signals, at_limit, panic)
+
+
+def _mean(samples: deque[tuple[float, float]], since: float) -> float | None:
+    values = [value for at, value in samples if at > since]
+    return sum(values) / len(values) if values else None
 
 
 def _forget(samples: deque[tuple[float, float]] | deque[tuple[float, int]], until: float) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepflow.v1 import common_pb2
@@ -204,8 +204,11 @@ class ScalingLoop:
             await scalers.set_replicas(self._cluster, objects[role], change.after, manager, clear_resume=True)
             metrics.SCALINGS.labels(change.cause.value, "false").inc()
             done.append(change)
-        for role, scaler in objects.items():  # given back by hand, with nothing to change
-            if ANNOTATION_RESUME in (scaler["metadata"].get("annotations") or {}) and not free:
+        changed_roles = {Role(change.role.value) for change in free}
+        for role, scaler in objects.items():  # given back by hand or by time, with nothing to change
+            given_back = ANNOTATION_RESUME in (scaler["metadata"].get("annotations") or {})
+            over = scalers.replicas_owner(scaler) not in {"", *scalers.OURS} and role not in overridden
+            if (given_back or over) and role not in changed_roles:
                 await scalers.set_replicas(
                     self._cluster, scaler, replicas[role], OWNER_AUTOSCALER, clear_resume=True
                 )
@@ -304,6 +307,7 @@ class ScalingLoop:
         views: list[ExecutorView] = []
         ready: Counter[TaskRole] = Counter()
         running = 0
+        tasks: Counter[TaskRole] = Counter()
         for pod in pods:
             if pod.te is not None and pod.te.state in (TeState.READY, TeState.DRAINING):
                 running += pod.te.tasks
@@ -312,7 +316,9 @@ class ScalingLoop:
                 continue
             ready[TaskRole(pod.role.value)] += 1
             if report is not None:
-                views.append(view_of(pod, report))
+                view = view_of(pod, report)
+                views.append(view)
+                tasks[view.role] += view.tasks
         score: dict[TaskRole, float] = {}
         if views:
             rules = load_scores.RolePolicy(
@@ -328,6 +334,7 @@ class ScalingLoop:
             }
         name = model_key(key)
         last = demand.last.get(name) if demand is not None else None
+        held = demand.held(name) if demand is not None else None
         return Signals(
             now=self._wall(),
             replicas={TaskRole(role.value): count for role, count in replicas.items()},
@@ -336,8 +343,10 @@ class ScalingLoop:
             ttft=answers[0],
             tpot=answers[1],
             idle=max(0.0, demand.now - last) if demand is not None and last is not None else None,
-            held=demand.held(name) if demand is not None else 1,  # unknown: nobody goes to zero
+            held=1 if held is None else held,  # unknown: nobody goes to zero
             running=running,
+            tasks={role: tasks[role] + (held or 0) for role in TaskRole} if views else None,
+            kv={role: _kv_used(views, role) / self._kv_target(key) for role in TaskRole},
         )
 
     def _queue_target(self, key: Key) -> float:
@@ -404,6 +413,12 @@ class ScalingLoop:
             return
         written["metadata"].pop("managedFields", None)
         self._cluster.servings.assume(written)
+
+
+def _kv_used(views: Sequence[ExecutorView], role: TaskRole) -> float:
+    """Mean share of their blocks that executors of a role have in use."""
+    used = [1 - v.kv_blocks_free / v.kv_blocks_total for v in views if v.role is role and v.kv_blocks_total]
+    return sum(used) / len(used) if used else 0.0
 
 
 def view_of(pod: Pod, report: common_pb2.LoadReport) -> ExecutorView:

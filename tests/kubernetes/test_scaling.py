@@ -13,6 +13,7 @@ from controlplane.api.resources.names import ANNOTATION_RESUME
 from controlplane.fleet.demand import DemandWriter
 from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS
 from controlplane.operator.scalers import replicas_owner
+from tests.support.fake_te import FakeTe
 from tests.support.kube_world import World
 
 ZERO = {"colocated": {"min": 0, "max": 4}}
@@ -23,6 +24,10 @@ async def redis(clean_valkey: str) -> AsyncIterator[Redis]:
     client = Redis.from_url(clean_valkey)
     yield client
     await client.aclose()
+
+
+def busy(_: str, te: FakeTe) -> None:
+    te.queued_tokens, te.waiting = 2600, 4  # 2.6 s of work, and several to share it
 
 
 async def scaler(world: World, role: str = "colocated") -> dict[str, Any]:
@@ -111,7 +116,7 @@ async def test_without_redis_nobody_goes_to_zero(world: World) -> None:
 
 
 async def test_load_adds_executors_and_says_why(world: World, redis: Redis) -> None:
-    world.kubelet.configure = lambda name, te: setattr(te, "queued_tokens", 2600)  # 2.6 s of work on each
+    world.kubelet.configure = busy
     async with world.operator(redis):
         await world.pool(size=1)
         await world.serving(roles={"colocated": {"min": 1, "max": 3}})
@@ -122,7 +127,7 @@ async def test_load_adds_executors_and_says_why(world: World, redis: Redis) -> N
 
 
 async def test_advice_is_said_and_not_done(world: World, redis: Redis) -> None:
-    world.kubelet.configure = lambda name, te: setattr(te, "queued_tokens", 2600)
+    world.kubelet.configure = busy
     async with world.operator(redis):
         await world.pool(size=1)
         await world.serving(roles={"colocated": {"min": 1, "max": 3}}, scaling={"mode": "Advisory"})
@@ -140,7 +145,7 @@ async def test_advice_is_said_and_not_done(world: World, redis: Redis) -> None:
 
 
 async def test_what_a_person_sets_holds_until_it_is_given_back(world: World, redis: Redis) -> None:
-    world.kubelet.configure = lambda name, te: setattr(te, "queued_tokens", 2600)
+    world.kubelet.configure = busy
     async with world.operator(redis):
         await world.pool(size=1)
         await world.serving(roles={"colocated": {"min": 1, "max": 4}})

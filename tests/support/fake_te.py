@@ -35,6 +35,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
     epoch: int = 0
     revision: str = ""
     queued_tokens: int = 0
+    waiting: int = 0
     kv_used: float = 0.0
     loads: int = 0
     drained_with: list[int] = field(default_factory=list)
@@ -50,7 +51,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
             device=DEVICE, role=self.role, role_epoch=self.epoch,
         )  # fmt: skip
         load = common_pb2.LoadReport(
-            role=self.role, role_epoch=self.epoch, running=self.tasks,
+            role=self.role, role_epoch=self.epoch, running=self.tasks, waiting=self.waiting,
             queued_prefill_tokens=self.queued_tokens,
             prefill_tokens_per_second=1000.0, kv_blocks_total=1000,
             kv_blocks_free=round(1000 * (1 - self.kv_used)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -82,6 +83,48 @@ def test_missed_first_tokens_add_prefill_and_missed_tokens_add_decode() -> None:
         decision = Autoscaler().step(policy, signals)
         assert decision.wanted[grown] == 2 and decision.wanted[kept] == 1
         assert decision.changes[0].cause is Cause.SLO
+
+
+def slow_machine(tasks: Mapping[Role, int], **more: Any) -> Signals:
+    """Steps four times as long as they should be, prompts that take seconds, every answer late."""
+    late = {"ttft": {bucket_of(5.0): 5}, "tpot": {bucket_of(0.8): 5}}
+    count = more.pop("replicas", {P: 1, D: 1})
+    return Signals(replicas=count, ready=count, score={P: 6.0, D: 4.0}, tasks=tasks, idle=0.0, **late, **more)
+
+
+def test_one_request_at_a_time_gets_no_second_executor_however_slow_it_is() -> None:
+    policy = ScalePolicy(bounds={P: Bounds(1, 4), D: Bounds(1, 4)}, ttft=0.5, tpot=0.1)
+    scaler = Autoscaler()
+    for turn in range(120):  # it is in one, then in the other, and now and then two overlap
+        tasks = {P: int(turn % 5 == 0), D: 1 + int(turn % 4 == 3)}
+        decision = scaler.step(policy, slow_machine(tasks, now=2.0 * turn))
+        assert decision.changes == ()
+
+
+def test_as_many_executors_as_there_are_tasks_to_share() -> None:
+    policy = ScalePolicy(bounds={P: Bounds(1, 8), D: Bounds(1, 8)}, ttft=0.5, tpot=0.1)
+    scaler, counts = Autoscaler(), {P: 1, D: 1}
+    for turn in range(60):
+        decision = scaler.step(policy, slow_machine({P: 2, D: 3}, now=2.0 * turn, replicas=counts))
+        counts = dict(decision.wanted)
+    assert counts == {P: 2, D: 3}
+
+
+def test_executors_that_late_answers_do_not_need_stay_and_others_go() -> None:
+    policy = ScalePolicy(bounds={P: Bounds(1, 4), D: Bounds(1, 4)}, scale_down_delay=20, stable_window=10)
+    for slo, left in ((0.1, 4), (None, 1)):
+        scaler, counts = Autoscaler(), {P: 1, D: 4}
+        for turn in range(60):
+            signals = slow_machine({P: 0, D: 1}, now=2.0 * turn, replicas=counts)
+            counts = dict(scaler.step(dataclasses.replace(policy, tpot=slo), signals).wanted)
+        assert counts[D] == left
+
+
+def test_a_full_cache_adds_executors_for_few_tasks_too() -> None:
+    policy = ScalePolicy(bounds={D: Bounds(1, 4), P: Bounds(1, 4)})
+    signals = Signals(now=0.0, replicas={P: 1, D: 1}, ready={P: 1, D: 1}, score={P: 0.0, D: 1.3},
+                      tasks={D: 1}, kv={D: 1.3}, idle=0.0)  # fmt: skip
+    assert Autoscaler().step(policy, signals).wanted == {P: 1, D: 2}
 
 
 def test_few_answers_say_nothing_about_a_share() -> None:
