@@ -114,7 +114,7 @@ class Cluster:
         self.on_executor: Callable[[Key], None] = lambda _: None
         self.on_pool: Callable[[Key], None] = lambda _: None
         self.pods.on_change(self._pod_changed)
-        self.servings.on_change(lambda old, new: self.on_serving(key_of(new or old or {})))
+        self.servings.on_change(self._serving_changed)
         self.scalers.on_change(self._scaler_changed)
         self.pools.on_change(self._pool_changed)
         namespace = settings.namespace
@@ -227,7 +227,7 @@ class Cluster:
         self._poll(before, now)
         if now is None and before is not None:
             self._parsed.pop(uid_of(before), None)
-            self.executors.forget(uid_of(before))
+            self.executors.drop(uid_of(before))
         for obj in (before, now):
             if obj is not None:
                 self.tell(obj)
@@ -255,6 +255,14 @@ class Cluster:
             name = te_id(meta.get("namespace", ""), meta["name"])
             fast = state != PodState.SERVING
             self.executors.watch(uid_of(obj), Address(name, address), fast=fast)
+
+    def _serving_changed(self, before: Json | None, now: Json | None) -> None:
+        self.on_serving(key_of(now or before or {}))
+        if before is None or (now is not None and before.get("spec") == now.get("spec")):
+            return
+        for name in model_names(before):  # given up, perhaps: who was refused for it looks again
+            for other in self.servings.by("model", name):
+                self.on_serving(key_of(other))
 
     def _scaler_changed(self, before: Json | None, now: Json | None) -> None:
         obj = now or before or {}

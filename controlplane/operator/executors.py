@@ -145,7 +145,6 @@ class Executors:
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(MAX_CALLS)
         self._session: aiohttp.ClientSession | None = None
-        self._prefetched: dict[str, frozenset[str]] = {}  # uid of a pod -> models that lie there
 
     # -- what others see ---------------------------------------------------------------------------------
 
@@ -185,19 +184,6 @@ class Executors:
             for (owner, _), call in list(self._calls.items()):
                 if owner == uid:
                     call.cancel()
-
-    def prefetch(self, uid: str, address: Address, uris: frozenset[str]) -> None:
-        """Brings models into a warm pod ahead of a claim, unless they are there or on their way."""
-        if not uris <= self._prefetched.get(uid, frozenset()):
-            self._call(uid, "prefetch", self._prefetch(uid, address, uris))
-
-    def forget(self, uid: str) -> None:
-        """Its pod is gone."""
-        self.drop(uid)
-        self._prefetched.pop(uid, None)
-        call = self._calls.get((uid, "prefetch"))
-        if call is not None:
-            call.cancel()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -280,7 +266,7 @@ class Executors:
         """A task boundary: a call's failure is told by the next status."""
         outcome = "ok"
         try:
-            if kind in ("load", "prefetch"):  # wait long and cost nothing here
+            if kind == "load":  # waits long and costs nothing here
                 await work
             else:
                 async with self._slots:
@@ -394,16 +380,6 @@ class Executors:
         known.next_load = self._clock() + wait
         log.warning("%s: %s; again in %.0f s", known.address.te_id, message, wait)
         self._on_change(uid)
-
-    async def _prefetch(self, uid: str, address: Address, uris: frozenset[str]) -> None:
-        known = _Known(address, fast=False)
-        for uri in sorted(uris - self._prefetched.get(uid, frozenset())):
-            try:
-                await self._fetch(uid, known, uri)
-            except LoadFailed as error:  # the pool's next look tries again; a claim would tell the user
-                log.warning("%s: %s is not fetched ahead: %s", address.te_id, uri, error)
-                continue
-            self._prefetched[uid] = self._prefetched.get(uid, frozenset()) | {uri}
 
     async def _fetch(self, uid: str, known: _Known, uri: str) -> tuple[str, str]:
         """(path in the pod, SHA-256). Raises LoadFailed."""

@@ -234,6 +234,7 @@ def read_pod(obj: Json, te: Te | None = None, load_error: str = "") -> Pod | Non
         claimed_at=parse_time(notes.get(ANNOTATION_CLAIMED_AT)) or 0.0,
         drain_since=parse_time(notes.get(ANNOTATION_DRAIN_SINCE)),
         deleting=bool(meta.get("deletionTimestamp")),
+        gone_by=parse_time(meta.get("deletionTimestamp")),
         ended=status.get("phase") in ("Failed", "Succeeded"),
         ready=(conditions.get("Ready") or {}).get("status") == "True",
         restarts=int(executor.get("restartCount") or 0),

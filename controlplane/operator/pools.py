@@ -25,17 +25,18 @@ from controlplane.kube.resources import PODS, WARM_POOLS, Json, Key, key_of, uid
 from controlplane.operator import metrics
 from controlplane.operator.acting import Actor
 from controlplane.operator.cluster import Cluster, trim_pod
-from controlplane.operator.executors import Address
 from controlplane.operator.plan import plan_pool
 from controlplane.operator.plan.pool import HOLD_SECONDS
 from controlplane.operator.plan.status import Said, pool_condition
 from controlplane.operator.plan.values import Create, Delete, Pod, Pool
-from controlplane.operator.pods import hash_of, pod_spec, te_id, warm_pod
+from controlplane.operator.pods import hash_of, pod_spec, warm_pod
 from controlplane.operator.statuses import conditions_of, write_status
 
 CREATES_AT_ONCE = 16
 MAX_HOLD_SECONDS = 300.0
 EVERY_SECONDS = 600.0
+ACTED_AGAIN_SECONDS = 5.0
+"""After a turn that did something (as STARTING_AGAIN_SECONDS of a ModelServing)."""
 
 log = logging.getLogger(__name__)
 
@@ -83,23 +84,17 @@ class PoolController:
                     if action.reason is Reason.POD_FAILED:
                         self._hold(key, f"pod {action.pod.key[1]} failed: {action.pod.problem_text}")
                     await self._actor.act(action, obj, None)
-            self._prefetch(key, pool)
         pods = self._pods(key)
         ready = sum(pod.ready and pod.state is PodState.WARM and not pod.deleting for pod in pods)
         if failures and ready >= wanted.size:
             self._holds.pop(key, None)
+        until, _, words = self._holds.get(key, (0.0, 0, ""))
         await self._say(obj, wanted, pods, words)
-        return plan.again_after or EVERY_SECONDS
-
-    def _prefetch(self, key: Key, pool: WarmPool) -> None:
-        """Asks the fetchers of warm pods for the pool's models: a claim then loads from there."""
-        uris = frozenset(pool.spec.models)
-        if not uris:
-            return
-        for obj in self._cluster.pods.by("warm", f"{key[0]}/{key[1]}"):
-            pod, ip = self._cluster.pod(obj), (obj.get("status") or {}).get("podIP")
-            if pod is not None and pod.ready and ip:
-                self._cluster.executors.prefetch(pod.uid, Address(te_id(*pod.key), ip), uris)
+        # What was tried may have come to nothing, and then no watch says anything: a name that was taken, a
+        # quota that refused all pods.
+        held = until - self._wall()
+        again = [after for after in (plan.again_after, held) if after is not None and after > 0]
+        return min([*again, ACTED_AGAIN_SECONDS if plan.actions and not again else EVERY_SECONDS])
 
     def _pods(self, key: Key) -> list[Pod]:
         """A warm pod that a claim under way names counts as claimed."""
@@ -165,7 +160,9 @@ class PoolController:
             )
 
     def _hold(self, key: Key, words: str) -> None:
-        _, failures, _ = self._holds.get(key, (0.0, 0, ""))
+        until, failures, _ = self._holds.get(key, (0.0, 0, ""))
+        if until > self._wall():
+            return  # pods of before it: they say nothing new
         wait = min(HOLD_SECONDS * float(2 ** min(failures, 10)), MAX_HOLD_SECONDS)
         self._holds[key] = (self._wall() + wait, failures + 1, words[:500])
         log.warning("pool %s: %s; no new pods for %.0f s", key, words, wait)

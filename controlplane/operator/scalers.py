@@ -6,7 +6,7 @@ override (`kubectl scale`, an HPA, an edited manifest): it holds until its time 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,8 @@ def replicas_owner(scaler: Json) -> str:
 
 
 def override_of(scaler: Json, hold_seconds: float, now: float) -> Json | None:
-    """`status.override` as it shall be: None where one of ours decides, or where the time is over."""
+    """`status.override` as it shall be: who else than ours wrote the replicas, and until when that holds. It
+    stands until one of ours writes them: without it the same count would be taken for a new override."""
     owner = replicas_owner(scaler)
     if not owner or owner in OURS or ANNOTATION_RESUME in (scaler["metadata"].get("annotations") or {}):
         return None
@@ -105,10 +106,14 @@ def override_of(scaler: Json, hold_seconds: float, now: float) -> Json | None:
     since = since if since is not None else now
     said: Json = {"by": owner[:128], "replicas": replicas, "since": format_time(since)}
     if hold_seconds:
-        if now >= since + hold_seconds:
-            return None
         said["until"] = format_time(since + hold_seconds)
     return said
+
+
+def seconds_left(override: Json, now: float) -> float:
+    """How long it holds, to its whole second; not above 0: it is over."""
+    until = parse_time(override.get("until"))
+    return math.inf if until is None else until - now
 
 
 def overrides(
@@ -120,8 +125,9 @@ def overrides(
         scaler = cluster.scaler(key, role)
         if scaler is not None:
             hold = float(serving.spec.scaling.override_hold_seconds)
-            said = override_of(scaler, hold, now if now is not None else cluster.wall())
-            if said is not None:
+            now = cluster.wall() if now is None else now
+            said = override_of(scaler, hold, now)
+            if said is not None and seconds_left(said, now) > 0:
                 found[role] = said
     return found
 
@@ -132,7 +138,6 @@ async def say(
     serving: ModelServing,
     *,
     plan: Plan,
-    overridden: Mapping[Role, Json],
     now: float,
 ) -> None:
     """Writes the status of each RoleScaler that changed."""
@@ -157,8 +162,9 @@ async def say(
         }
         if state is not None and role in state.recommended:
             status["recommended"] = state.recommended[role]
-        if role in overridden:
-            status["override"] = overridden[role]
+        override = override_of(scaler, float(serving.spec.scaling.override_hold_seconds), now)
+        if override is not None:
+            status["override"] = override
         elif (scaler.get("status") or {}).get("override"):
             # An applied status without the field gives it up; `None` makes the difference seen.
             gone = {**(scaler.get("status") or {})}

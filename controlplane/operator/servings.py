@@ -43,6 +43,8 @@ from controlplane.operator.plan.values import Claim, Plan, Pod, Serving
 from controlplane.operator.pods import hash_of, load_hash, pod_spec
 from controlplane.operator.statuses import conditions_of, write_status
 
+LOST_SECONDS = 60.0
+"""Past its grace period, a pod of a deleted ModelServing no longer holds it (ours: kubelets kill then)."""
 EVERY_SECONDS = 600.0
 """A look without cause: what was missed by a bug is made good (as controller-runtime's resync, 10 hours)."""
 
@@ -81,12 +83,19 @@ class ServingController:
                     await self._actor.act(action, obj, target, digest)
         finally:
             self._cluster.reserved -= {action.pod.uid for action in plan.actions if isinstance(action, Claim)}
-        if deleting and not self._cluster.pods_of_serving(key):
+        if deleting and not any(self._holds(pod) for pod in self._cluster.pods_of_serving(key)):
             self._forget(key)
             await self._finalizer(obj, add=False)
             return None
         await self._say(key, obj, serving, plan=plan, want=want, pods=pods, refusal=refusal, paused=paused)
-        return plan.again_after or EVERY_SECONDS
+        # An override ends by time alone, and what is said of it with it.
+        held = scalers.overrides(self._cluster, key, serving).values()
+        ends = [scalers.seconds_left(override, self._wall()) for override in held]
+        return min([plan.again_after or EVERY_SECONDS, *(max(0.0, left) for left in ends)])
+
+    def _holds(self, pod: Pod) -> bool:
+        """A pod on a node that is lost stays for ever: nobody is there to say that it ended."""
+        return pod.gone_by is None or self._wall() < pod.gone_by + LOST_SECONDS
 
     # -- planning ----------------------------------------------------------------------------------------
 
@@ -340,7 +349,7 @@ class ServingController:
         if state is not None:
             status |= state.status(before)
         await write_status(cluster.api, cluster.servings, MODEL_SERVINGS, fresh, status)
-        await scalers.say(cluster, key, serving, plan=plan, overridden=overridden, now=self._wall())
+        await scalers.say(cluster, key, serving, plan=plan, now=self._wall())
 
 
 def target_of(serving: ModelServing) -> Target:

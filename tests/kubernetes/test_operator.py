@@ -7,7 +7,7 @@ import asyncio
 from deepflow.v1 import common_pb2, worker_pb2
 
 from controlplane.api.resources.names import ANNOTATION_PAUSED, ANNOTATION_ROLE_EPOCH, LABEL_ROLE
-from controlplane.kube.resources import MODEL_SERVINGS, PODS, ROLE_SCALERS, WARM_POOLS, key_of
+from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS, WARM_POOLS, key_of
 from tests.support.kube_world import World
 
 ROLES = {
@@ -335,22 +335,3 @@ async def test_an_idle_system_writes_nothing(world: World) -> None:
                 operator.pools.queue.add(key_of(obj))
             await asyncio.sleep(1.0)
         assert world.api.writes == before
-
-
-async def test_a_pool_fetches_its_models_ahead_of_claims(world: World) -> None:
-    async with world.operator() as operator:
-        await world.pool(size=2, models=[f"file://{world.model}"])
-        await world.until_warm(2)
-
-        async def fetched() -> bool:
-            there = operator.cluster.executors._prefetched
-            return len(there) == 2 and all(uris == {f"file://{world.model}"} for uris in there.values())
-
-        await world.until(fetched, why="both warm pods have the model")
-        gone = (await world.pods(state="warm"))[0]["metadata"]
-        await world.api.delete(PODS, world.namespace, gone["name"])
-
-        async def forgotten() -> bool:
-            return gone["uid"] not in operator.cluster.executors._prefetched
-
-        await world.until(forgotten, why="what was known of it goes with it")

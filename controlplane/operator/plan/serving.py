@@ -76,7 +76,7 @@ def plan_serving(
         for role in Role
     }
     missing = sum(lacking.values()) - len(made)
-    moving = bool(actions or draining or outdated or missing) or any(
+    moving = bool(actions or draining or outdated or missing or (serving.deleting and pods)) or any(
         not pod.serves or pod.silent for pod in good
     )
     return Plan(

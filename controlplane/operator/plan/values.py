@@ -56,6 +56,7 @@ class Pod:
     claimed_at: float = 0.0
     drain_since: float | None = None
     deleting: bool = False
+    gone_by: float | None = None  # deleted: when its kubelet's grace for it ends
     ended: bool = False  # phase Failed or Succeeded
     ready: bool = False  # its kubelet's word
     restarts: int = 0

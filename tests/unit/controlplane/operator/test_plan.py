@@ -243,6 +243,32 @@ def test_only_while_every_executor_answers_and_serves_nobody_looks_again(state: 
     assert (plan.again_after is None) == (state is TeState.READY)
 
 
+moments = st.floats(0.0, 4000.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pods(), counts, st.booleans(), moments)
+def test_what_time_alone_will_bring_has_a_look_of_its_own(
+    found: list[Pod], want: dict[Role, int], deleting: bool, later: float
+) -> None:
+    serving = Serving(key=("n", "s"), uid="s", want=want, load_hash=HASH, deleting=deleting)
+    now, then = (
+        plan_serving(serving, found, (), 1000.0 + moment, may_claim=0, template_hashes=TEMPLATES)
+        for moment in (0.0, later)
+    )
+    assert now.again_after is not None or (now.actions, now.counts) == (then.actions, then.counts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 4), st.integers(0, 4), st.floats(0.0, 50.0), moments)
+def test_a_pool_that_waits_looks_again_when_it_may(size: int, there: int, hold: float, later: float) -> None:
+    pool = Pool(("n", "p"), "p", size=size, max_pods=9, template_hash=TEMPLATE, hold_until=1000.0 + hold)
+    found = [Pod(("n", f"p{n}"), f"u{n}", "1", PodState.WARM, template_hash=TEMPLATE) for n in range(there)]
+    now, then = (plan_pool(pool, found, 1000.0 + moment) for moment in (0.0, later))
+    if now.actions != then.actions:
+        assert now.again_after is not None and now.again_after <= hold + 1e-6
+
+
 @settings(max_examples=75, deadline=None)
 @given(pods(), counts, losses)
 def test_what_serves_goes_only_once_enough_others_do(
