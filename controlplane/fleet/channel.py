@@ -239,25 +239,42 @@ class ExecutorChannel:
                 continue
             if self.link is Link.SUSPECT:
                 self._set_link(Link.UP)
-            self._take(response.step)
+            step = response.step
+            if self._take_first(step):
+                await asyncio.sleep(0)  # who waited for a first token reads it before the others are served
+            self._take_rest(step)
         return f"closed by the executor: {await call.details() or 'end of stream'}"
 
-    def _take(self, step: StepEvent) -> None:
+    def _take_first(self, step: StepEvent) -> bool:
+        """A step of many streams is milliseconds of work: first tokens go before those that follow others.
+        Returns whether there were some, and others wait."""
         metrics.EVENTS.inc()
         self._on_step(step)
+        firsts = 0
         for delta in step.deltas:
-            key = (delta.task_id, delta.attempt)
-            listener = self._tasks.get(key)
-            if listener is None:
-                continue
-            if delta.finish:
-                self.forget(*key)
-            try:
-                listener.on_delta(self.te_id, delta)
-            except Exception:  # a task boundary: one task's fault must not end the stream of all others
-                log.exception("task %s: a delta of executor %s cannot be taken in", delta.task_id, self.te_id)
-                self.abort(*key, "its delta cannot be taken in")
-                self._tell_lost(listener, delta.attempt, "its delta cannot be taken in")
+            if not delta.start_index:
+                firsts += 1
+                self._take_delta(delta)
+        return 0 < firsts < len(step.deltas)
+
+    def _take_rest(self, step: StepEvent) -> None:
+        for delta in step.deltas:
+            if delta.start_index:
+                self._take_delta(delta)
+
+    def _take_delta(self, delta: TaskDelta) -> None:
+        key = (delta.task_id, delta.attempt)
+        listener = self._tasks.get(key)
+        if listener is None:
+            return
+        if delta.finish:
+            self.forget(*key)
+        try:
+            listener.on_delta(self.te_id, delta)
+        except Exception:  # a task boundary: one task's fault must not end the stream of all others
+            log.exception("task %s: a delta of executor %s cannot be taken in", delta.task_id, self.te_id)
+            self.abort(*key, "its delta cannot be taken in")
+            self._tell_lost(listener, delta.attempt, "its delta cannot be taken in")
 
     async def _write(self, call: TasksCall) -> str:
         hello = Hello(gateway_id=self._settings.gateway_id, incarnation=self._settings.incarnation)

@@ -38,11 +38,17 @@ def channel_with(**listeners: Listener) -> ExecutorChannel:
     return channel
 
 
+def take(channel: ExecutorChannel, *deltas: worker_pb2.TaskDelta) -> None:
+    step = worker_pb2.StepEvent(deltas=deltas)
+    channel._take_first(step)
+    channel._take_rest(step)
+
+
 async def test_a_delta_that_cannot_be_taken_in_costs_its_task_alone() -> None:
     bad, good = Listener(faulty=True), Listener()
     channel = channel_with(bad=bad, good=good)
     tokens = [worker_pb2.TaskDelta(task_id=task, attempt=1, tokens=[7]) for task in ("bad", "good")]
-    channel._take(worker_pb2.StepEvent(deltas=tokens))
+    take(channel, *tokens)
     assert (bad.lost, good.deltas, channel.open_tasks) == ([1], [7], 1)
     assert channel._queue[-1].abort.task_id == "bad", "its executor is told"
 
@@ -59,6 +65,29 @@ async def test_after_its_finish_a_task_is_forgotten() -> None:
     listener = Listener()
     channel = channel_with(t=listener)
     end = worker_pb2.TaskDelta(task_id="t", attempt=1, finish=common_pb2.FINISH_REASON_STOP)
-    channel._take(worker_pb2.StepEvent(deltas=[end]))
+    take(channel, end)
     channel._lose(Link.DOWN, "scripted")
     assert listener.lost == []
+
+
+async def test_first_tokens_of_a_step_go_before_those_that_follow_others() -> None:
+    heard: list[str] = []
+
+    class Named(Listener):
+        def on_delta(self, te_id: str, delta: worker_pb2.TaskDelta) -> None:
+            heard.append(delta.task_id)
+
+    channel = channel_with(a=Named(), b=Named(), c=Named())
+    starts = {"a": 9, "b": 0, "c": 3}
+    step = worker_pb2.StepEvent(
+        deltas=[
+            worker_pb2.TaskDelta(task_id=task, attempt=1, start_index=start, tokens=[1])
+            for task, start in starts.items()
+        ]
+    )
+    assert channel._take_first(step), "it is worth a turn of the loop in between"
+    assert heard == ["b"]
+    channel._take_rest(step)
+    assert heard == ["b", "a", "c"]
+    only = worker_pb2.StepEvent(deltas=[worker_pb2.TaskDelta(task_id="a", attempt=1, start_index=10)])
+    assert not channel._take_first(only)
