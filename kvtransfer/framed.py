@@ -82,6 +82,7 @@ class _Stream(asyncio.Protocol, Generic[T]):
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._messages: deque[T] = deque()
+        self._hear: Callable[[T], None] | None = None
         self._reader: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None  # set while the transport's buffer is full
         self._reading = True
@@ -106,6 +107,22 @@ class _Stream(asyncio.Protocol, Generic[T]):
             self._reader = self._loop.create_future()
             await self._reader
         return self._messages.popleft()
+
+    async def hear(self, take: Callable[[T], None]) -> None:
+        """Instead of `async for`: `take` is called with each message where it arrives, with no turn of the
+        loop between, until the stream ends. It must not raise, nor wait. Raises as `__anext__` does."""
+        self._hear = take
+        while self._messages:
+            take(self._messages.popleft())
+        async for message in self:  # none comes any more: this waits for the end
+            take(message)
+
+    def write_now(self, message: Message) -> bool:
+        """Sends unless too much waits already, or the connection is closed: then `write` tells more."""
+        if self._writable is not None or self._transport is None or self._transport.is_closing():
+            return False
+        self._send(_MESSAGE, message.SerializeToString())
+        return True
 
     async def write(self, message: Message) -> None:
         """Raises StreamClosed."""
@@ -166,12 +183,16 @@ class _Stream(asyncio.Protocol, Generic[T]):
             payload = bytes(buffer[position + _HEAD.size : end])
             position = end
             if kind == _MESSAGE:
-                self._messages.append(self._parse(payload))
+                if self._hear is None:
+                    self._messages.append(self._parse(payload))
+                else:
+                    self._hear(self._parse(payload))
             else:
                 self._control(kind, payload)
         if position:
             del buffer[:position]
-            self._wake()
+            if self._messages:
+                self._wake()
 
     def _most(self, kind: int) -> int:
         """Bytes of a frame of this kind, now."""

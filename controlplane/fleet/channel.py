@@ -34,7 +34,7 @@ from deepflow.v1.worker_pb2_grpc import TaskExecutorStub
 
 from controlplane.fleet import metrics
 from kvtransfer.auth import call_metadata
-from kvtransfer.framed import StreamEnded, open_stream
+from kvtransfer.framed import StreamCall, StreamEnded, open_stream
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A snapshot of a large cache's block identities is the largest message (16 bytes a block)."""
@@ -123,6 +123,10 @@ class ExecutorChannel:
         self._tasks: dict[tuple[str, int], TaskListener] = {}
         self._queue: deque[TasksRequest] = deque()
         self._queued = asyncio.Event()
+        self._direct: StreamCall[TasksResponse] | None = (
+            None  # a plain stream: read and written without tasks
+        )
+        self._rest: StepEvent | None = None  # a step whose first tokens are taken in
         self._wanted = asyncio.Event()
         if not lazy:
             self._wanted.set()
@@ -225,29 +229,49 @@ class ExecutorChannel:
 
     async def _read(self, call: TasksCall) -> str:
         started = self._clock()
-        async for response in call:
+        stranger = False
+
+        def heard(response: TasksResponse) -> None:
+            nonlocal stranger
             self.last_heard = self._clock()
             if response.HasField("welcome"):
-                if response.welcome.incarnation != self.incarnation:
-                    return "another process answers at its address"
-                metrics.CONNECT_SECONDS.observe(self.last_heard - started)
-                self.last_error = ""
-                self._on_welcome(response.welcome)
-                self._set_link(Link.UP)
-                metrics.LINKS.labels("up").inc()
-                self._queued.set()
-                continue
+                stranger = response.welcome.incarnation != self.incarnation
+                if stranger:
+                    call.cancel()
+                else:
+                    self._welcomed(response.welcome, self.last_heard - started)
+                return
             if self.link is Link.SUSPECT:
                 self._set_link(Link.UP)
-            step = response.step
-            if self._take_first(step):
-                await asyncio.sleep(0)  # who waited for a first token reads it before the others are served
-            self._take_rest(step)
+            self._take(response.step)
+
+        try:
+            if isinstance(call, StreamCall):
+                self._direct = call
+                await call.hear(heard)
+            else:
+                async for response in call:
+                    heard(response)
+                    if stranger:
+                        break
+        finally:
+            self._direct = None
+            self._take_rest()
+        if stranger:
+            return "another process answers at its address"
         return f"closed by the executor: {await call.details() or 'end of stream'}"
 
-    def _take_first(self, step: StepEvent) -> bool:
-        """A step of many streams is milliseconds of work: first tokens go before those that follow others.
-        Returns whether there were some, and others wait."""
+    def _welcomed(self, welcome: Welcome, seconds: float) -> None:
+        metrics.CONNECT_SECONDS.observe(seconds)
+        self.last_error = ""
+        self._on_welcome(welcome)
+        self._set_link(Link.UP)
+        metrics.LINKS.labels("up").inc()
+        self._queued.set()
+
+    def _take(self, step: StepEvent) -> None:
+        """A step of many streams is milliseconds of work: first tokens go before those that follow others."""
+        self._take_rest()  # of the step before
         metrics.EVENTS.inc()
         self._on_step(step)
         firsts = 0
@@ -255,12 +279,18 @@ class ExecutorChannel:
             if not delta.start_index:
                 firsts += 1
                 self._take_delta(delta)
-        return 0 < firsts < len(step.deltas)
+        self._rest = step if firsts < len(step.deltas) else None
+        if not firsts:
+            self._take_rest()
+        elif self._rest is not None:  # who waited for a first token reads it before the others are served
+            asyncio.get_running_loop().call_soon(self._take_rest)
 
-    def _take_rest(self, step: StepEvent) -> None:
-        for delta in step.deltas:
-            if delta.start_index:
-                self._take_delta(delta)
+    def _take_rest(self) -> None:
+        step, self._rest = self._rest, None
+        if step is not None:
+            for delta in step.deltas:
+                if delta.start_index:
+                    self._take_delta(delta)
 
     def _take_delta(self, delta: TaskDelta) -> None:
         key = (delta.task_id, delta.attempt)
@@ -308,7 +338,20 @@ class ExecutorChannel:
     def _send(self, message: TasksRequest) -> None:
         self._queue.append(message)
         metrics.SEND_QUEUE.inc()
-        self._queued.set()
+        if self._direct is None:
+            self._queued.set()
+        elif len(self._queue) == 1:  # what else is asked in this turn of the loop goes with it
+            asyncio.get_running_loop().call_soon(self._write_at_once)
+
+    def _write_at_once(self) -> None:
+        direct = self._direct
+        while self._queue and direct is not None and self.link in (Link.UP, Link.SUSPECT):
+            if not direct.write_now(self._queue[0]):
+                break
+            self._queue.popleft()
+            metrics.SEND_QUEUE.dec()
+        if self._queue:
+            self._queued.set()  # `_write` waits for room
 
     def _set_link(self, link: Link) -> None:
         if link is not self.link:

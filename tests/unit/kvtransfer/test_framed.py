@@ -74,6 +74,30 @@ async def test_a_generator_is_a_handler_too_and_its_end_ends_the_stream() -> Non
         assert await stream.details() == ""
 
 
+async def test_a_listener_hears_each_message_in_order_and_the_streams_end() -> None:
+    async def three(requests: AsyncIterator[TasksRequest], context: Any) -> AsyncIterator[TasksRequest]:
+        async for request in requests:
+            yield message(f"{request.abort.task_id}!")
+            if request.abort.task_id == "2":
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough")
+
+    async with served(three) as address:
+        stream = await call(address)
+        await stream.write(message("0"))
+        await asyncio.sleep(0.05)  # it comes before anybody listens
+        heard: list[str] = []
+
+        def take(item: TasksRequest) -> None:
+            heard.append(item.abort.task_id)
+            stream.write_now(message(str(len(heard))))
+
+        with pytest.raises(StreamEnded, match="enough"):
+            await stream.hear(take)
+        assert heard == ["0!", "1!", "2!"]
+        await asyncio.sleep(0.05)
+        assert not stream.write_now(message("late")), "it is closed"
+
+
 async def test_credentials_are_checked_before_anything_is_handled() -> None:
     async with served(token="another") as address:
         stream = await call(address)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from deepflow.v1 import common_pb2, worker_pb2
 
 from controlplane.fleet.channel import ChannelSettings, ExecutorChannel, Link
@@ -39,9 +41,7 @@ def channel_with(**listeners: Listener) -> ExecutorChannel:
 
 
 def take(channel: ExecutorChannel, *deltas: worker_pb2.TaskDelta) -> None:
-    step = worker_pb2.StepEvent(deltas=deltas)
-    channel._take_first(step)
-    channel._take_rest(step)
+    channel._take(worker_pb2.StepEvent(deltas=deltas))
 
 
 async def test_a_delta_that_cannot_be_taken_in_costs_its_task_alone() -> None:
@@ -79,15 +79,19 @@ async def test_first_tokens_of_a_step_go_before_those_that_follow_others() -> No
 
     channel = channel_with(a=Named(), b=Named(), c=Named())
     starts = {"a": 9, "b": 0, "c": 3}
-    step = worker_pb2.StepEvent(
-        deltas=[
+    take(
+        channel,
+        *(
             worker_pb2.TaskDelta(task_id=task, attempt=1, start_index=start, tokens=[1])
             for task, start in starts.items()
-        ]
+        ),
     )
-    assert channel._take_first(step), "it is worth a turn of the loop in between"
-    assert heard == ["b"]
-    channel._take_rest(step)
+    assert heard == ["b"], "a turn of the loop lies in between"
+    await asyncio.sleep(0)
     assert heard == ["b", "a", "c"]
-    only = worker_pb2.StepEvent(deltas=[worker_pb2.TaskDelta(task_id="a", attempt=1, start_index=10)])
-    assert not channel._take_first(only)
+    take(
+        channel,
+        *(worker_pb2.TaskDelta(task_id=t, attempt=1, start_index=n) for t, n in (("a", 10), ("b", 0))),
+    )
+    take(channel, worker_pb2.TaskDelta(task_id="c", attempt=1, start_index=4))
+    assert heard[3:] == ["b", "a", "c"], "steps keep their order"
