@@ -7,7 +7,7 @@ another server there is none, and those who would use it fall back on ASGI's mes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from starlette.types import Scope
@@ -24,6 +24,11 @@ class Connection(Protocol):
 
     def full(self) -> bool:
         """The write buffer is at its bound: a send would wait for the client."""
+        ...
+
+    def begin(self, headers: Sequence[tuple[bytes, bytes]], data: bytes) -> None:
+        """The start of a 200 without a length, and the first part of its body (which may be empty), in one
+        write. Names and values of headers go out as they are."""
         ...
 
     def write(self, data: bytes) -> None:

@@ -37,11 +37,22 @@ class RequestContext:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    answering: bool = False  # the answer's start was sent
     error: str = ""  # code of the error, in-band or not
     response_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     send: Send | None = None
     """The server's own `send`. The layers between it and a route change an answer's start alone, so the
     thousands of body messages of a stream go past them."""
+
+    def start(self, status: int) -> list[tuple[bytes, bytes]]:
+        """The answer starts with this status: the headers that every answer has."""
+        self.answering = True
+        self.status = self.status or status
+        return [
+            (b"x-request-id", self.request_id.encode()),
+            (b"traceparent", self.traceparent.encode()),
+            *self.response_headers,
+        ]
 
     def stage(self, name: str) -> None:
         """The stage `name` ends now; it began where the last one ended."""

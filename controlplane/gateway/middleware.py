@@ -57,19 +57,10 @@ class RequestMiddleware:
             send=send,
         )
         scope[SCOPE_KEY] = context
-        started = False
 
         async def send_with_ids(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
-                context.status = context.status or message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", context.request_id.encode()),
-                    (b"traceparent", context.traceparent.encode()),
-                    *context.response_headers,
-                ]
+                message["headers"] = [*message.get("headers", ()), *context.start(message["status"])]
             await send(message)
 
         try:
@@ -82,7 +73,7 @@ class RequestMiddleware:
         except ClientDisconnect:
             context.status = 499
         except ApiError as error:
-            if started:
+            if context.answering:
                 raise
             context.error = error.code or str(error.status)
             await send_error(error, send_with_ids)
@@ -90,7 +81,7 @@ class RequestMiddleware:
             # The request's task boundary: nothing above could report this better.
             log.exception("request %s failed", context.request_id)
             context.error = "internal_error"
-            if started:
+            if context.answering:
                 raise
             await send_error(ApiError(500, "The server had an error.", code="internal_error"), send_with_ids)
         finally:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import orjson
@@ -24,6 +24,9 @@ from controlplane.gateway.connection import EXTENSION
 from controlplane.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
+
+_CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+_CHUNKED_THEN_CLOSED = b"connection: close\r\n" + _CHUNKED
 
 
 def protocol_class(settings: GatewaySettings) -> type[HttpToolsProtocol]:
@@ -203,6 +206,21 @@ class _RequestConnection:
 
     def full(self) -> bool:
         return self._protocol.flow.write_paused
+
+    def begin(self, headers: Sequence[tuple[bytes, bytes]], data: bytes) -> None:
+        cycle = self.cycle
+        assert not cycle.response_started
+        cycle.response_started = cycle.chunked_encoding = True
+        cycle.waiting_for_100_continue = False
+        if cycle.disconnected or self._protocol.transport.is_closing():
+            return
+        lines = [b"HTTP/1.1 200 OK\r\n"]
+        for name, value in (*cycle.default_headers, *headers):
+            lines += (name, b": ", value, b"\r\n")
+        lines.append(_CHUNKED if cycle.keep_alive else _CHUNKED_THEN_CLOSED)
+        if data:
+            lines.append(b"%x\r\n%b\r\n" % (len(data), data))
+        self._protocol.transport.write(b"".join(lines))
 
     def write(self, data: bytes) -> None:
         cycle = self.cycle

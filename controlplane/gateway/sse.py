@@ -261,12 +261,16 @@ class StreamResponse(_RunResponse):
             self._wake()
 
     async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
-        """Whole events. An answer's start goes through the layers above, which add to it; a body does not."""
+        """Whole events. Where the connection may be asked, they go to it past the layers above."""
         connection = self._connection
         if connection is not None and not connection.full():
             # Nothing to wait for, so no deadline to arm: what nearly every token of a stream does.
             if not self._started:
-                await self._start(send)
+                self._started = True
+                connection.begin([*_SSE_HEADERS, *self._run.context.start(200)], b"" if last else data)
+                if not last:
+                    self._last_sent = time.perf_counter()
+                    return
             if last:
                 await (self._run.context.send or send)(
                     {"type": "http.response.body", "body": data, "more_body": False}
@@ -278,15 +282,13 @@ class StreamResponse(_RunResponse):
         try:
             async with asyncio.timeout(self._run.settings.sse_stall_seconds):
                 if not self._started:
-                    await self._start(send)
+                    self._started = True
+                    headers = list(_SSE_HEADERS)
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": data, "more_body": not last})
         except TimeoutError:
             raise _SlowClient from None
         self._last_sent = time.perf_counter()
-
-    async def _start(self, send: Send) -> None:
-        self._started = True
-        await send({"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)})
 
     async def _fail(self, error: ApiError, send: Send) -> None:
         if not self._started:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -28,6 +28,7 @@ class Told:
     def __init__(self, sent: list[Message]) -> None:
         self.sent = sent
         self.is_full = False
+        self.fills = False  # with what begins the answer
         self.aborted = False
 
     def body(self) -> bytes | None:
@@ -35,6 +36,12 @@ class Told:
 
     def full(self) -> bool:
         return self.is_full
+
+    def begin(self, headers: Sequence[tuple[bytes, bytes]], data: bytes) -> None:
+        self.sent.append({"type": "http.response.start", "status": 200, "headers": headers})
+        if data:
+            self.write(data)
+        self.is_full = self.fills
 
     def write(self, data: bytes) -> None:
         self.sent.append({"type": "http.response.body", "body": data, "more_body": True})
@@ -82,7 +89,7 @@ async def test_each_step_is_one_message_and_the_last_one_carries_the_end(stack: 
     stack.executor.script = lambda request, index: [500, 600, 700, 800, 900]
     sent = await ask(stack, body())
     assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * 4
-    assert dict(sent[0]["headers"])[b"x-request-id"] == b"mine", "the start went through the layers"
+    assert dict(sent[0]["headers"])[b"x-request-id"] == b"mine", "the start has what the layers add"
     parts = bodies(sent)
     assert [part.count(b"data: ") for part in parts] == [2, 1, 1, 3]  # role; …; last token, finish, [DONE]
     assert parts[-1].endswith(b"data: [DONE]\n\n") and sent[-1]["more_body"] is False
@@ -110,9 +117,9 @@ async def test_sends_into_a_full_buffer_are_given_a_deadline(start: StartStack) 
             if connection.is_full:
                 await asyncio.Event().wait()
             await send(message)
-            connection.is_full = True  # after the first message nothing is read
 
         connection: Told = scope["extensions"][EXTENSION]
+        connection.fills = True  # after the answer's start nothing is read
         connections.append(connection)
         await app(scope, receive, blocked)
 
