@@ -1,13 +1,14 @@
-"""A cluster seen through its kubeconfig: what `deepflow status` and `deepflow top` show with `--cluster`.
+"""A cluster seen through its kubeconfig: what `deepflow status`, `top`, `jobs` and `explain` show of it.
 
-Reads custom resources and pods as they are; nothing is asked of gateways or executors, so it works from
-wherever kubectl does.
+Status and top read custom resources and pods as they are. Jobs are the gateways' to tell: the same command
+runs in a gateway's pod, as `kubectl exec` would run it, where no API key is needed. So all of it works from
+wherever kubectl does, and whoever may exec there sees the jobs of all tenants.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,64 @@ class Seen:
     scalers: list[Json]
     pools: list[Json]
     pods: list[Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which cluster, as options say it."""
+
+    cluster: bool = False
+    kubeconfig: str = ""
+    context: str = ""
+    namespace: str = ""
+
+    @property
+    def given(self) -> bool:
+        return bool(self.cluster or self.kubeconfig or self.context)
+
+
+GATEWAYS = "app.kubernetes.io/name=deepflow,app.kubernetes.io/component=gateway"
+GATEWAY = "gateway"  # its container, and the name of its port is "http"
+
+
+def ask_gateway(where: Where, command: Sequence[str]) -> Any:
+    """JSON that `deepflow COMMAND --json` says in a gateway's pod. Raises CliError."""
+    import asyncio
+    import json
+
+    from controlplane.kube.client import Forbidden, KubeError, connect
+    from controlplane.kube.execute import Executed, execute
+    from controlplane.kube.resources import PODS
+
+    async def ask() -> Executed:
+        async with await connect(kubeconfig=where.kubeconfig, context=where.context) as api:
+            namespace = where.namespace or api.namespace
+            pods, _ = await api.list(PODS, namespace, label_selector=GATEWAYS)
+            pods = [pod for pod in pods if _condition(pod).get("status") == "True"]
+            pods.sort(key=lambda pod: bool(pod["metadata"].get("deletionTimestamp")))
+            if not pods:
+                raise CliError(f"no gateway is ready in namespace {namespace}")
+            words = ["deepflow", *command, "--json", "--url", f"http://127.0.0.1:{_port(pods[0])}"]
+            return await execute(api, namespace, pods[0]["metadata"]["name"], GATEWAY, words)
+
+    try:
+        done = asyncio.run(ask())
+    except Forbidden as error:
+        raise CliError(f"the cluster refuses: {error} (this needs create and get of pods/exec)") from None
+    except KubeError as error:
+        raise CliError(f"the cluster cannot be asked: {error}") from None
+    if done.code != 0:
+        words = done.errors.strip().removeprefix("error: ")
+        raise CliError(words or f"the gateway's pod ended with {done.code}")
+    try:
+        return json.loads(done.output)
+    except ValueError:
+        raise CliError("the gateway's pod answered something that is no JSON") from None
+
+
+def _port(pod: Json) -> int:
+    ports = [port for box in pod["spec"]["containers"] for port in box.get("ports") or []]
+    return next((int(port["containerPort"]) for port in ports if port.get("name") == "http"), 8000)
 
 
 def look(kubeconfig: str, context: str, namespace: str) -> Seen:

@@ -1,27 +1,53 @@
-"""`deepflow jobs`: requests as jobs with their tasks, executors and times, from the gateway."""
+"""`deepflow jobs` and `explain`: requests as jobs with their tasks, executors and times, from the gateway of
+this machine, of a URL, or of a cluster."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from controlplane.cli.output import ApiKey, AsJson, StateDir, Url, gateway_url, get_json, print_json, table
+from controlplane.cli.cluster import Cluster, Context, Kubeconfig, Namespace, Where, ask_gateway
+from controlplane.cli.output import (
+    ApiKey,
+    AsJson,
+    CliError,
+    StateDir,
+    Url,
+    gateway_url,
+    get_json,
+    print_json,
+    table,
+)
+
+LongNamespace = Annotated[
+    str, typer.Option("--namespace", help="Namespace.  [default: the context's]", show_default=False)
+]  # -n is the limit of a list
 
 app = typer.Typer(help="Jobs: what requests became and where they ran.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_jobs(
+    *,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=100, help="How many, newest first.")] = 20,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
     state_dir: StateDir = None,
+    cluster: Cluster = False,
+    kubeconfig: Kubeconfig = "",
+    context: Context = "",
+    namespace: LongNamespace = "",
 ) -> None:
     """List the newest jobs."""
-    answer = get_json(gateway_url(url, state_dir), api_key, "/deepflow/v1/jobs", limit=limit)
+    where = Where(cluster, kubeconfig, context, namespace)
+    if where.given:
+        answer = ask_gateway(where, ("jobs", "list", "--limit", str(limit)))
+    else:
+        answer = get_json(gateway_url(url, state_dir), api_key, "/deepflow/v1/jobs", limit=limit)
     if as_json:
         print_json(answer)
         return
@@ -54,17 +80,20 @@ def _executors(task: dict[str, Any]) -> list[str]:
 
 @app.command()
 def show(
+    *,
     job_id: Annotated[str, typer.Argument(metavar="ID", help="Job id, as `deepflow jobs list` shows it.")],
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
     state_dir: StateDir = None,
+    cluster: Cluster = False,
+    kubeconfig: Kubeconfig = "",
+    context: Context = "",
+    namespace: Namespace = "",
 ) -> None:
     """Show one job: its tasks, their attempts, executors and times."""
-    from urllib.parse import quote
-
-    path = f"/deepflow/v1/jobs/{quote(job_id, safe='')}"
-    job = get_json(gateway_url(url, state_dir), api_key, path)
+    where = Where(cluster, kubeconfig, context, namespace)
+    job = _job(job_id, where, url=url, api_key=api_key, state_dir=state_dir)
     if as_json:
         print_json(job)
         return
@@ -95,6 +124,22 @@ def show(
     )
 
 
+def _job(
+    job_id: str, where: Where, *, url: str | None, api_key: str | None, state_dir: Path | None
+) -> dict[str, Any]:
+    """The job's record. Raises CliError."""
+    from urllib.parse import quote
+
+    if where.given:
+        if job_id.startswith("-"):
+            raise CliError(f"{job_id!r} is no job id")
+        found: dict[str, Any] = ask_gateway(where, ("jobs", "show", job_id))
+    else:
+        path = f"/deepflow/v1/jobs/{quote(job_id, safe='')}"
+        found = get_json(gateway_url(url, state_dir), api_key, path)
+    return found
+
+
 def _attempt_row(task: dict[str, Any], attempt: dict[str, Any]) -> tuple[object, ...]:
     return (
         task.get("index", "-"),
@@ -114,16 +159,20 @@ def _seconds(begun: float | None, ended: float | None) -> str:
 
 
 def explain(
+    *,
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `deepflow jobs list` shows it.")],
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
     state_dir: StateDir = None,
+    cluster: Cluster = False,
+    kubeconfig: Kubeconfig = "",
+    context: Context = "",
+    namespace: Namespace = "",
 ) -> None:
     """Explain each placement of a job: who was a candidate, what it would have cost, why others were not."""
-    from urllib.parse import quote
-
-    job = get_json(gateway_url(url, state_dir), api_key, f"/deepflow/v1/jobs/{quote(job_id, safe='')}")
+    where = Where(cluster, kubeconfig, context, namespace)
+    job = _job(job_id, where, url=url, api_key=api_key, state_dir=state_dir)
     attempts = [(task, attempt) for task in job.get("tasks", []) for attempt in task.get("attempts", [])]
     if as_json:
         print_json([{"task": task["index"], **attempt} for task, attempt in attempts])

@@ -11,7 +11,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlencode
@@ -244,6 +244,24 @@ class KubeApi:
             await self._json("DELETE", resource.path(namespace, name), body=body)
         except NotFound:
             return
+
+    async def open_socket(
+        self, path: str, params: Sequence[tuple[str, str]], *, protocol: str
+    ) -> aiohttp.ClientWebSocketResponse:
+        """A WebSocket, as exec takes one. Raises KubeError; OSError or aiohttp's errors without an answer."""
+        headers = {"User-Agent": self._agent}
+        queries = list(params)
+        await self._client.update_params_for_auth(headers, queries, ["BearerToken"], path, "GET", None)
+        rest = self._client.rest_client
+        if rest.pool_manager is None:
+            rest.pool_manager = rest._create_pool_manager()
+        session: aiohttp.ClientSession = rest.pool_manager
+        url = f"{self.host}{path}?{urlencode(queries)}"
+        try:
+            return await session.ws_connect(url, headers=headers, protocols=(protocol,), max_msg_size=0,
+                                            proxy=rest.proxy)  # fmt: skip
+        except aiohttp.WSServerHandshakeError as error:  # its body is not kept
+            raise error_of(error.status, {"message": error.message}) from error
 
     # -- requests --------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from controlplane.api.resources.names import GROUP, LABEL_COMPONENT
-from tests.support.release import Release, Reply, example, release, streams, until
+from tests.support.release import Release, Reply, example, release, run, streams, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -99,6 +100,10 @@ async def test_an_example_that_was_never_loaded_is_listed_woken_and_answered_in_
     assert len({attempt["te_id"] for attempt in attempts}) == 2, "prefill and decode in pods of their own"
     models = json.loads((await cluster.ask("/v1/models")).body)["data"]
     assert [(model["id"], model["ready"]) for model in models] == [("smollm2-135m-instruct", True)]
+    command = (sys.executable, "-m", "controlplane.cli", "explain", job["id"])
+    told = await asyncio.to_thread(run, *command, "--cluster", "--namespace", cluster.namespace)
+    assert all(f"{attempt['kind']} on {attempt['te_id']}" in told for attempt in attempts), told
+    assert "candidates" in told
 
 
 async def test_a_stream_completes_though_its_decode_pod_is_deleted(cluster: Release) -> None:
