@@ -7,7 +7,11 @@ in flight; 4 MiB was as fast as 16 MiB.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc.aio
+
+from kvtransfer.tls import SERVER_NAME, Tls
 
 READ_CHUNK_BYTES = 2 << 20
 """Bytes of one message of a Read: the fastest size measured for gRPC streams lies at 1-2 MiB."""
@@ -46,6 +50,18 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(
+    address: str, tls: Tls | None = None, options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS
+) -> grpc.aio.Channel:
     """A channel to another executor; connects lazily. Credentials go with each call as metadata."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    named = (*options, ("grpc.ssl_target_name_override", SERVER_NAME))
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=named)
+
+
+def add_port(server: grpc.aio.Server, address: str, tls: Tls | None = None) -> int:
+    """Listens; the port. Raises RuntimeError, as gRPC does."""
+    if tls is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, tls.server_credentials())

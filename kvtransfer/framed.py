@@ -30,6 +30,7 @@ from google.protobuf.message import DecodeError
 
 from kvtransfer.auth import refusal
 from kvtransfer.channel import KEEPALIVE_MS, MAX_MESSAGE_BYTES
+from kvtransfer.tls import Tls, socket_options
 
 OPEN_SECONDS = 10.0
 """A connection that does not say who it is for so long is closed (ours, as for Hello)."""
@@ -239,13 +240,15 @@ class StreamCall(_Stream[T]):
 
 
 async def open_stream(
-    address: str, metadata: Metadata, parse: Callable[[bytes], T], *, seconds: float
+    address: str, metadata: Metadata, parse: Callable[[bytes], T], *, seconds: float, tls: Tls | None = None
 ) -> StreamCall[T]:
-    """`parse` makes a message of its bytes. Raises OSError (TimeoutError after `seconds`)."""
+    """`parse` makes a message of its bytes. Raises OSError (TimeoutError after `seconds`, ssl.SSLError)."""
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(seconds):
-        _, call = await loop.create_connection(lambda: StreamCall(parse), host.strip("[]"), int(port))
+        _, call = await loop.create_connection(
+            lambda: StreamCall(parse), host.strip("[]"), int(port), **socket_options(tls)
+        )
     call.open(metadata)
     return call
 
@@ -336,20 +339,29 @@ class StreamServer(Generic[T]):
     """Serves one stream method of a gRPC servicer over plain connections."""
 
     def __init__(
-        self, handler: Callable[[Any, Any], Any], parse: Callable[[bytes], T], *, token: str
+        self,
+        handler: Callable[[Any, Any], Any],
+        parse: Callable[[bytes], T],
+        *,
+        token: str,
+        tls: Tls | None = None,
     ) -> None:
         """`handler(requests, context)` as gRPC calls it: a coroutine, or an asynchronous generator of its
         answers. `token`: the cluster's; "" admits everyone (loopback only)."""
         self.handler = handler
         self.parse = parse
         self.token = token
+        self._tls = tls
         self.open: dict[_ServedStream[T], asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int = 0) -> int:
         """The port it listens on. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _ServedStream(self), host, port)
+        self._server = await loop.create_server(
+            lambda: _ServedStream(self), host, port,
+            ssl=None if self._tls is None else self._tls.server_context(),
+        )  # fmt: skip
         number: int = self._server.sockets[0].getsockname()[1]
         return number
 

@@ -28,6 +28,7 @@ from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool, PoolError
 from kvtransfer.reshape import Reshaper
 from kvtransfer.shm import request_pool
+from kvtransfer.tls import Tls
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.choice import Mode, Opener, open_best
 from kvtransfer.transports.collective import NAME as COLLECTIVE
@@ -73,13 +74,13 @@ class LocalEnd:
 class Peer:
     """One executor to pull from. Use through `PeerCache.borrow`."""
 
-    def __init__(self, address: str, te_id: str, incarnation: str) -> None:
+    def __init__(self, address: str, te_id: str, incarnation: str, tls: Tls | None = None) -> None:
         self.address = address
         self.te_id = te_id
         self.incarnation = incarnation
         self.users = 0
         self.dropped = False
-        self.channel = open_channel(address)
+        self.channel = open_channel(address, tls)
         self.stub = pb_grpc.KVTransferStub(self.channel)
         self.read: grpc.aio.UnaryStreamMultiCallable[pb.ReadRequest, bytes] = self.channel.unary_stream(
             READ_METHOD, request_serializer=pb.ReadRequest.SerializeToString
@@ -219,8 +220,9 @@ class Peer:
 class PeerCache:
     """Least recently used peers beyond `max_peers` are closed once idle."""
 
-    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+    def __init__(self, max_peers: int = MAX_PEERS, tls: Tls | None = None) -> None:
         self._max_peers = max_peers
+        self._tls = tls
         self._peers: OrderedDict[tuple[str, str, str], Peer] = OrderedDict()
 
     def __len__(self) -> int:
@@ -239,7 +241,7 @@ class PeerCache:
             for other in [k for k in self._peers if k[0] == te_id and k[1] != incarnation]:
                 await self._drop(other)  # an older life of the same executor
         if (peer := self._peers.get(key)) is None:  # looked at again: another pull may have made it
-            peer = self._peers[key] = Peer(address, te_id, incarnation)
+            peer = self._peers[key] = Peer(address, te_id, incarnation, self._tls)
         self._peers.move_to_end(key)
         self.hold(peer)
         await self._evict()

@@ -37,6 +37,7 @@ from kvtransfer.reshape import Reshaper, Targets
 from kvtransfer.runs import align, spelled
 from kvtransfer.sender import DEFAULT_LEASE_SECONDS
 from kvtransfer.shm import host_identity
+from kvtransfer.tls import Tls
 from kvtransfer.transports.base import Job, Transport, run_quarantined
 from kvtransfer.transports.choice import Mode
 
@@ -120,6 +121,7 @@ class Receiver:
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         max_peers: int = MAX_PEERS,
         clock: Callable[[], float] = time.monotonic,
+        tls: Tls | None = None,
     ) -> None:
         """`clock` is the one that deadlines of `pull` are on, in seconds. `checksum` guards what
         arrives: each frame, or each block where the transport has no frames and pages are as the sender's."""
@@ -139,7 +141,7 @@ class Receiver:
         self._slots = asyncio.Semaphore(max_pulls)
         self._max_waiting = max_waiting
         self._waiting = 0
-        self._peers = PeerCache(max_peers)
+        self._peers = PeerCache(max_peers, tls)
         self._pulls: set[asyncio.Task[PullResult]] = set()
         self._host_identity = ""
         self._finishes: set[asyncio.Task[None]] = set()

@@ -31,14 +31,20 @@ def uninstall(
     from controlplane.kube.client import KubeError, connect
     from controlplane.operator.uninstall import Outcome, drainer
     from controlplane.operator.uninstall import uninstall as run
+    from kvtransfer.tls import TlsError, from_environment
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+
+    try:
+        tls = from_environment(os.environ)
+    except TlsError as error:
+        raise CliError(f"certificates cannot be used: {error}") from None
 
     async def act() -> Outcome:
         async with await connect(kubeconfig=kubeconfig, user_agent="deepflow-uninstall") as api:
             return await run(
                 api, namespace, operator=operator, drain_seconds=drain_seconds,
-                drain=drainer(os.environ.get("DEEPFLOW_CLUSTER_TOKEN", "")),
+                drain=drainer(os.environ.get("DEEPFLOW_CLUSTER_TOKEN", ""), tls),
             )  # fmt: skip
 
     try:

@@ -34,7 +34,9 @@ from deepflow.v1.worker_pb2_grpc import TaskExecutorStub
 
 from controlplane.fleet import metrics
 from kvtransfer.auth import call_metadata
+from kvtransfer.channel import open_channel
 from kvtransfer.framed import StreamCall, StreamEnded, open_stream
+from kvtransfer.tls import Tls
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A snapshot of a large cache's block identities is the largest message (16 bytes a block)."""
@@ -86,6 +88,7 @@ class ChannelSettings:
     gateway_id: str
     incarnation: str
     token: str = ""
+    tls: Tls | None = None
     suspect_seconds: float = 3.0  # executors report load every second
     lost_seconds: float = 10.0
     welcome_seconds: float = 5.0
@@ -190,8 +193,9 @@ class ExecutorChannel:
         if self._plain:
             try:
                 plain = await open_stream(
-                    self._plain, metadata, TasksResponse.FromString, seconds=PLAIN_SECONDS
-                )
+                    self._plain, metadata, TasksResponse.FromString, seconds=PLAIN_SECONDS,
+                    tls=self._settings.tls,
+                )  # fmt: skip
             except OSError as error:
                 # A firewall between that knows the gRPC port alone: that one is tried, from now on.
                 log.warning("executor %s at %s: %s; over gRPC then", self.te_id, self._plain, error)
@@ -205,7 +209,7 @@ class ExecutorChannel:
             ("grpc.enable_http_proxy", 0),  # executors are never behind the environment's http_proxy
             ("grpc.use_local_subchannel_pool", 1),  # a fresh connection: back-off is ours
         ]
-        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+        async with open_channel(self.address, self._settings.tls, options) as channel:
             call: grpc.aio.StreamStreamCall[TasksRequest, TasksResponse]
             call = TaskExecutorStub(channel).Tasks(metadata=metadata)
             return await self._talk(call)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controlplane.fleet.channel import ChannelSettings
 from controlplane.scheduling.types import Policy, PolicyName
+from kvtransfer.tls import TLS_DIR_ENV, of_folder
 
 ENV_PREFIX = "DEEPFLOW_JOBS_"
 TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
@@ -21,6 +22,10 @@ TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
 
 def _token() -> str:
     return os.environ.get(TOKEN_ENV, "")
+
+
+def _tls_dir() -> str:
+    return os.environ.get(TLS_DIR_ENV, "")
 
 
 def _incarnation() -> str:
@@ -37,6 +42,8 @@ class RuntimeSettings(BaseModel):
     gateway_id: str = "gw-0"
     incarnation: str = Field(default_factory=_incarnation, description="Of this process; never reused.")
     cluster_token: str = Field(default_factory=_token, repr=False, description=f"Default: ${TOKEN_ENV}.")
+
+    tls_dir: str = Field(default_factory=_tls_dir, description=f"Default: ${TLS_DIR_ENV}.")
 
     # Policy (scheduling.Policy).
     policy: Literal["round_robin", "least_loaded", "prefix_affinity", "combined"] = "combined"
@@ -143,10 +150,12 @@ class RuntimeSettings(BaseModel):
 
     @property
     def channel(self) -> ChannelSettings:
+        """Raises kvtransfer.tls.TlsError for certificates that cannot be used."""
         return ChannelSettings(
             gateway_id=self.gateway_id,
             incarnation=self.incarnation,
             token=self.cluster_token,
+            tls=of_folder(self.tls_dir),
             suspect_seconds=self.suspect_seconds,
             lost_seconds=self.lost_seconds,
             welcome_seconds=self.connect_seconds,

@@ -19,6 +19,7 @@ from controlplane.local.settings import (
 )
 from controlplane.local.topology import RoleName
 from controlplane.local.valkey import server_command
+from kvtransfer.tls import TLS_DIR_ENV
 
 # Seconds from SIGTERM to SIGKILL. `deepflow down` takes at most their sum.
 GATEWAY_STOP_SECONDS = 15.0
@@ -39,6 +40,7 @@ def base_env(paths: StatePaths, redis_url: str, token: str) -> dict[str, str]:
         "DEEPFLOW_CLUSTER_TOKEN": token,
         "DEEPFLOW_PARENT_DEATH": "1",  # their parent is a supervisor; the launcher ties their lives to it
         "REDIS_URL": redis_url,
+        TLS_DIR_ENV: "",  # all of it is on loopback, and the supervisor speaks no TLS
         "PYTHONUNBUFFERED": "1",
     }
 

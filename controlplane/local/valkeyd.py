@@ -17,12 +17,13 @@ PASSWORD_ENV = "DEEPFLOW_VALKEY_PASSWORD"
 MIN_PASSWORD = 16  # characters (ours): whoever has it has all keys
 
 
-def configuration(folder: Path, port: int, password: str) -> str:
+def configuration(folder: Path, port: int, password: str, *, loopback: bool = False) -> str:
     """Text of the server's configuration: durable to one second, never evicting. Raises ValkeyError."""
     if len(password) < MIN_PASSWORD or not password.isalnum():
         raise ValkeyError(f"${PASSWORD_ENV} must have at least {MIN_PASSWORD} letters and digits")
     options = {
-        "bind": "* -::*",  # a pod: who may reach it is for the network policy to say
+        # A pod: who may reach it is for the network policy to say, or for the TLS in front of it.
+        "bind": "127.0.0.1" if loopback else "* -::*",
         "port": str(port),
         "requirepass": password,
         "dir": f'"{folder}"',
@@ -39,10 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m controlplane.local.valkeyd", description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="folder of the append-only file")
     parser.add_argument("--port", type=int, default=6379)
+    parser.add_argument("--loopback", action="store_true", help="reached through `tlsfront` alone")
     arguments = parser.parse_args()
     try:
         binary = str(server_binary())
-        text = configuration(arguments.dir.absolute(), arguments.port, os.environ.get(PASSWORD_ENV, ""))
+        password = os.environ.get(PASSWORD_ENV, "")
+        text = configuration(arguments.dir.absolute(), arguments.port, password, loopback=arguments.loopback)
     except ValkeyError as error:
         sys.exit(f"valkeyd: {error}")
     reading, writing = os.pipe()

@@ -32,6 +32,7 @@ from redis.exceptions import RedisError
 from controlplane.fleet.cards import publish_card
 from controlplane.nodeagent.errors import SourceError, SourceFault
 from controlplane.nodeagent.sources import FetchedModel, Progress, fetch
+from kvtransfer.tls import Tls, TlsError, from_environment
 
 MAX_MODELS = 64
 """Fetches that are remembered; those that ended longest ago go first (their files stay)."""
@@ -185,13 +186,13 @@ def publisher(redis: Redis) -> Callable[[FetchedModel], Awaitable[None]]:
     return publish
 
 
-async def serve(host: str, port: int, token: str, redis_url: str = "") -> None:
+async def serve(host: str, port: int, token: str, redis_url: str = "", tls: Tls | None = None) -> None:
     """Until SIGTERM or SIGINT."""
     redis = Redis.from_url(redis_url) if redis_url else None
     fetcher = Fetcher(publish=publisher(redis) if redis is not None else None)
     runner = web.AppRunner(application(fetcher, token), access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, host, port).start()
+    await web.TCPSite(runner, host, port, ssl_context=None if tls is None else tls.server_context()).start()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -210,7 +211,11 @@ def main(argv: list[str] | None = None) -> None:
     if not token and not host.startswith("127."):
         sys.exit(f"--listen {host} can be reached from other hosts: set DEEPFLOW_CLUSTER_TOKEN")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(serve(host, int(port), token, os.environ.get("REDIS_URL", "")))
+    try:
+        tls = from_environment(os.environ)
+    except TlsError as error:
+        sys.exit(f"the fetcher cannot start: {error}")
+    asyncio.run(serve(host, int(port), token, os.environ.get("REDIS_URL", ""), tls))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from controlplane.kube.reflector import Reflector, Store
 from controlplane.kube.resources import MODEL_CACHES, Json, uid_of
 from controlplane.operator import metrics
 from controlplane.operator.cluster import Cluster
-from controlplane.operator.executors import Address
+from controlplane.operator.executors import Address, ask_fetcher
 from controlplane.operator.plan.cache import Keeper, Kept, progress, wanted
 from controlplane.operator.pods import te_id
 from controlplane.operator.statuses import conditions_of, write_status
@@ -126,8 +126,8 @@ class CacheLoop:
         async with gate:
             answer: dict[str, Any]
             try:
-                headers = {"Authorization": f"Bearer {self._cluster.settings.token}"}
-                async with session.post(address.fetch, json={"uri": uri}, headers=headers) as response:
+                settings = self._cluster.settings
+                async with ask_fetcher(session, address, uri, settings.token, settings.tls) as response:
                     answer = await response.json()
                     if response.status != 200:
                         answer = {

@@ -103,7 +103,7 @@ class Cluster:
                 "uid": lambda obj: [uid_of(obj)],
             },
         )
-        self.executors = Executors(settings.token, self._executor_changed, wall=wall)
+        self.executors = Executors(settings.token, self._executor_changed, wall=wall, tls=settings.tls)
         self.demand: Demand | None = None
         self._parsed: dict[str, tuple[Json, Te | None, str, Pod | None]] = {}
         self.wants: dict[Key, Want] = {}

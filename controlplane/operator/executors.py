@@ -16,6 +16,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from controlplane.operator import metrics
 from controlplane.operator.plan.values import Te, TeState
 from kvtransfer.auth import call_metadata
 from kvtransfer.channel import open_channel
+from kvtransfer.tls import SERVER_NAME, Tls
 
 TE_METADATA = "x-deepflow-te"
 """Which executor is meant; executors need not look at it."""
@@ -97,8 +99,21 @@ class Address:
 
     @property
     def fetch(self) -> str:
+        """Host and port of its fetcher."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{PORT_FETCH}/v1/models"
+        return f"{host}:{PORT_FETCH}"
+
+
+def ask_fetcher(
+    session: aiohttp.ClientSession, address: Address, uri: str, token: str, tls: Tls | None
+) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    """What a pod's fetcher says of a model; it begins to fetch what it has not."""
+    scheme, options = "http", dict[str, Any]()
+    if tls is not None:
+        scheme, options = "https", {"ssl": tls.client_context(), "server_hostname": SERVER_NAME}
+    headers = {"Authorization": f"Bearer {token}", TE_METADATA: address.te_id}
+    url = f"{scheme}://{address.fetch}/v1/models"
+    return session.post(url, json={"uri": uri}, headers=headers, **options)
 
 
 @dataclass(slots=True)
@@ -131,9 +146,11 @@ class Executors:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        tls: Tls | None = None,
     ) -> None:
         self._metadata = call_metadata(token)
         self._token = token
+        self._tls = tls
         self._on_change = on_change
         self._clock = clock
         self._wall = wall
@@ -315,7 +332,7 @@ class Executors:
         address = known.address.grpc
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = open_channel(address)
+            channel = self._channels[address] = open_channel(address, self._tls)
             if len(self._channels) > MAX_CHANNELS:
                 _, oldest = self._channels.popitem(last=False)
                 closing = asyncio.ensure_future(oldest.close(grace=STATUS_SECONDS))
@@ -386,11 +403,11 @@ class Executors:
         session = self._session
         if session is None:
             raise LoadFailed("the operator is stopping", hopeless=False)
-        headers = {"Authorization": f"Bearer {self._token}", TE_METADATA: known.address.te_id}
         deadline = self._clock() + FETCH_SECONDS
         while self._clock() < deadline:
             try:
-                async with session.post(known.address.fetch, json={"uri": uri}, headers=headers) as response:
+                asked = ask_fetcher(session, known.address, uri, self._token, self._tls)
+                async with asked as response:
                     answer: dict[str, Any] = await response.json()
                     status = response.status
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:

@@ -36,18 +36,23 @@ from controlplane.api.resources.names import (
     PART_OF,
     PORT_FETCH,
     PORT_GRPC,
+    PORT_HEALTH,
     PORT_KV,
     PORT_METRICS,
     PORT_TASKS,
     SHARED_PATH,
+    TLS_PATH,
     PodState,
     Reason,
 )
 from controlplane.api.resources.warmpool import WarmPool
 from controlplane.kube.resources import WARM_POOLS, Json, key_of, owner_reference, uid_of, version_of
 from controlplane.operator.plan.values import Pod, Te
+from controlplane.operator.settings import OperatorSettings
+from kvtransfer.tls import TLS_DIR_ENV
 
 EXECUTOR_SELECTOR = f"{LABEL_COMPONENT}={COMPONENT_EXECUTOR},{LABEL_MANAGED_BY}={MANAGED_BY}"
+TLS_FILE_MODE = 0o440  # the pods' group reads them
 USER = 65532  # "nonroot" of the images
 DRAIN_MARGIN_SECONDS = 10
 """Below the pod's grace: who is told to end finishes what he can and says so before he is killed."""
@@ -69,8 +74,8 @@ def secret_env(name: str, reference: str) -> list[Json]:
     return [{"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key or "value"}}}]
 
 
-def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
-    """The pod template's spec."""
+def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret: str = "") -> Json:
+    """The pod template's spec; with `tls_secret` its containers speak TLS with that secret's certificates."""
     spec = pool.spec
     grace = spec.termination_grace_period_seconds
     security: Json = {
@@ -86,11 +91,15 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
         {"name": "DEEPFLOW_CACHE", "value": CACHE_PATH},
         {"name": "HOME", "value": "/tmp"},
     ]
-    mounts = [
+    mounts: list[Json] = [
         {"name": "cache", "mountPath": CACHE_PATH},
         {"name": "run", "mountPath": SHARED_PATH},
         {"name": "tmp", "mountPath": "/tmp"},
     ]
+    if tls_secret:
+        own.append({"name": TLS_DIR_ENV, "value": TLS_PATH})
+        mounts.append({"name": "tls", "mountPath": TLS_PATH, "readOnly": True})
+    probed = PORT_HEALTH if tls_secret else PORT_GRPC  # kubelets' probes speak no TLS
     extra = [env.wire() for env in spec.env]
     executor: Json = {
         "name": CONTAINER_EXECUTOR,
@@ -102,6 +111,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
             *("--advertise-host", "$(POD_IP)", "--kv-data-listen", f"0.0.0.0:{PORT_KV}"),
             *("--metrics-listen", f"0.0.0.0:{PORT_METRICS}", "--device", spec.device),
             *("--tasks-listen", f"0.0.0.0:{PORT_TASKS}"),
+            *(("--health-listen", f"0.0.0.0:{PORT_HEALTH}") if tls_secret else ()),
             *("--tensor-parallel", str(spec.tensor_parallel), "--threads", str(spec.threads)),
             *("--drain-seconds", str(max(1, grace - DRAIN_MARGIN_SECONDS)), *spec.args),
         ],
@@ -113,10 +123,10 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
             {"name": "metrics", "containerPort": PORT_METRICS},
         ],
         # Alive and warm, not "has a model": a loading executor must not be restarted, a warm one is ready.
-        "startupProbe": {"grpc": {"port": PORT_GRPC}, "periodSeconds": 2, "failureThreshold": 150},
-        "readinessProbe": {"grpc": {"port": PORT_GRPC}, "periodSeconds": 5, "timeoutSeconds": 5},
+        "startupProbe": {"grpc": {"port": probed}, "periodSeconds": 2, "failureThreshold": 150},
+        "readinessProbe": {"grpc": {"port": probed}, "periodSeconds": 5, "timeoutSeconds": 5},
         "livenessProbe": {
-            "grpc": {"port": PORT_GRPC}, "periodSeconds": 15, "timeoutSeconds": 10, "failureThreshold": 8,
+            "grpc": {"port": probed}, "periodSeconds": 15, "timeoutSeconds": 10, "failureThreshold": 8,
         },
         "resources": spec.resources.wire(),
         "securityContext": security,
@@ -155,6 +165,10 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
         "containers": [executor, fetcher],
         "volumes": [cache, {"name": "run", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}],
     }
+    if tls_secret:
+        result["volumes"].append(
+            {"name": "tls", "secret": {"secretName": tls_secret, "defaultMode": TLS_FILE_MODE}}
+        )
     optional: Json = {
         "nodeSelector": spec.node_selector,
         "tolerations": [toleration.wire() for toleration in spec.tolerations],
@@ -165,6 +179,16 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str) -> Json:
         "imagePullSecrets": [{"name": name} for name in spec.image_pull_secrets],
     }
     return result | {name: value for name, value in optional.items() if value}
+
+
+def template_of(pool: WarmPool, settings: OperatorSettings) -> Json:
+    """`pod_spec` with the operator's secrets."""
+    return pod_spec(
+        pool,
+        token_secret=settings.token_secret,
+        redis_secret=settings.redis_secret,
+        tls_secret=settings.tls_secret,
+    )
 
 
 def hash_of(value: object) -> str:

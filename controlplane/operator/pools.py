@@ -29,7 +29,7 @@ from controlplane.operator.plan import plan_pool
 from controlplane.operator.plan.pool import HOLD_SECONDS
 from controlplane.operator.plan.status import Said, pool_condition
 from controlplane.operator.plan.values import Create, Delete, Pod, Pool
-from controlplane.operator.pods import hash_of, pod_spec, warm_pod
+from controlplane.operator.pods import hash_of, template_of, warm_pod
 from controlplane.operator.statuses import conditions_of, write_status
 
 CREATES_AT_ONCE = 16
@@ -61,7 +61,7 @@ class PoolController:
             await self._write(obj, {}, said)
             return None
         settings = self._cluster.settings
-        spec = pod_spec(pool, token_secret=settings.token_secret, redis_secret=settings.redis_secret)
+        spec = template_of(pool, settings)
         until, failures, words = self._holds.get(key, (0.0, 0, ""))
         wanted = Pool(
             key=key,

@@ -40,7 +40,7 @@ from controlplane.operator.plan import plan_serving
 from controlplane.operator.plan.claim import Want, claimable, share
 from controlplane.operator.plan.status import Facts, conditions, summary
 from controlplane.operator.plan.values import Claim, Plan, Pod, Serving
-from controlplane.operator.pods import hash_of, load_hash, pod_spec
+from controlplane.operator.pods import hash_of, load_hash, template_of
 from controlplane.operator.statuses import conditions_of, write_status
 
 LOST_SECONDS = 60.0
@@ -157,12 +157,7 @@ class ServingController:
     def _template_hash(self, pool: Json) -> str:
         known = self._hashes.get(uid_of(pool))
         if known is None or known[0] != version_of(pool):
-            settings = self._cluster.settings
-            spec = pod_spec(
-                scalers.read_pool(pool),
-                token_secret=settings.token_secret,
-                redis_secret=settings.redis_secret,
-            )
+            spec = template_of(scalers.read_pool(pool), self._cluster.settings)
             known = self._hashes[uid_of(pool)] = (version_of(pool), hash_of(spec))
         return known[1]
 

@@ -7,8 +7,10 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controlplane.api.resources.names import ENV_REDIS_SECRET, ENV_TOKEN_SECRET
+from controlplane.api.resources.names import ENV_REDIS_SECRET, ENV_TLS_SECRET, ENV_TOKEN_SECRET
 from controlplane.operator.plan.values import Timing
+from kvtransfer import tls
+from kvtransfer.tls import Tls
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class OperatorSettings:
     redis_url: str = ""
     token: str = ""
     token_secret: str = ""  # SECRET/KEY that executors take DEEPFLOW_CLUSTER_TOKEN from
+    tls: Tls | None = None
+    tls_secret: str = ""  # that executors mount their certificates from; "" = none
     redis_secret: str = ""  # SECRET/KEY that executors take REDIS_URL from
     gateway_url: str = ""  # where clients reach the gateways, for status.url
     workers: int = 8
@@ -34,11 +38,14 @@ class OperatorSettings:
 
 
 def from_environment(env: Mapping[str, str], **given: object) -> OperatorSettings:
-    """Settings that come from the environment (secrets, never on a command line), and `given` ones."""
+    """Settings that come from the environment (secrets, never on a command line), and `given` ones. Raises
+    kvtransfer.tls.TlsError."""
     return OperatorSettings(
         identity=f"{env.get('POD_NAME') or socket.gethostname()}_{os.getpid()}",
         redis_url=env.get("REDIS_URL", ""),
         token=env.get("DEEPFLOW_CLUSTER_TOKEN", ""),
+        tls=tls.from_environment(env),
+        tls_secret=env.get(ENV_TLS_SECRET, ""),
         token_secret=env.get(ENV_TOKEN_SECRET, ""),
         redis_secret=env.get(ENV_REDIS_SECRET, ""),
         gateway_url=env.get("DEEPFLOW_GATEWAY_URL", ""),

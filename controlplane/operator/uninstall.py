@@ -22,6 +22,8 @@ from controlplane.api.resources import names
 from controlplane.kube.client import Conflict, KubeApi, NotFound
 from controlplane.kube.resources import MODEL_SERVINGS, PODS, WARM_POOLS, Json, ResourceType
 from kvtransfer.auth import call_metadata
+from kvtransfer.channel import open_channel
+from kvtransfer.tls import Tls
 
 log = logging.getLogger("deepflow.uninstall")
 
@@ -45,11 +47,11 @@ class Outcome:
     left: list[str] = field(default_factory=list)
 
 
-def drainer(token: str) -> Drain:
+def drainer(token: str, tls: Tls | None = None) -> Drain:
     """Asks the executor at an address to finish its tasks; whether it did."""
 
     async def drain(address: str, seconds: float) -> bool:
-        async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        async with open_channel(address, tls) as channel:
             request = worker_pb2.DrainRequest(timeout_ms=round(1000 * seconds), exit=False)
             try:
                 answer = await worker_pb2_grpc.TaskExecutorStub(channel).Drain(

@@ -39,13 +39,14 @@ from flowserve.shell.service import Identity, TaskExecutorService
 from flowserve.shell.settings import Endpoint, Settings
 from flowserve.shell.streams import Streams
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth
-from kvtransfer.channel import SERVER_OPTIONS
+from kvtransfer.channel import SERVER_OPTIONS, add_port
 from kvtransfer.errors import TransferError, TransferErrorCode
 from kvtransfer.framed import StreamServer
 from kvtransfer.prefixes import PrefixFetcher
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.service import KVTransferService
+from kvtransfer.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class TaskExecutorProcess:
             lease_seconds=settings.lease_seconds,
             max_pulls=settings.max_running,
             max_waiting=settings.max_tasks,
+            tls=settings.tls,
         )
         self._handover = Handover(lambda: self._sender, self._receiver, PrefixFetcher(self._receiver))
         self._sender = Sender(
@@ -198,13 +200,16 @@ class TaskExecutorProcess:
         """Serves until a signal, a Drain with `exit`, or the watchdog. Returns the exit code."""
         settings = self._settings
         server = self._make_server()
-        port = _bind(server, settings.listen)
+        port = _bind(server, settings.listen, settings.tls)
         address = str(Endpoint(settings.advertise_host, port))
         self._identity = Identity(settings.te_id, self.incarnation, address)
         service = self._serve(server)
         await server.start()
+        probes = await self._serve_probes()
         if settings.tasks_listen is not None:
-            self._tasks_server = StreamServer(service.Tasks, pb.TasksRequest.FromString, token=settings.token)
+            self._tasks_server = StreamServer(
+                service.Tasks, pb.TasksRequest.FromString, token=settings.token, tls=settings.tls
+            )
             listen = settings.tasks_listen
             tasks_port = await self._tasks_server.start(listen.host, listen.port)
             self._tasks_address = str(Endpoint(settings.advertise_host, tasks_port))
@@ -250,6 +255,8 @@ class TaskExecutorProcess:
                 task.cancel()
             await asyncio.wait(background, timeout=CLOSE_SECONDS)  # no beat may follow the removal
             await self._end(server, pulls, failed=code != EXIT_OK)
+        if probes is not None:
+            await probes.stop(None)
         if metrics_server is not None:
             await asyncio.to_thread(metrics_server.stop)
         if settings.endpoint_file is not None:
@@ -312,12 +319,26 @@ class TaskExecutorProcess:
         )
         worker_pb2_grpc.add_TaskExecutorServicer_to_server(service, server)
         self._kv_service.add_to_server(server)
+        self._add_health(server)
+        return service
+
+    def _add_health(self, server: grpc.aio.Server) -> None:
         health.add_to_server(
             server,
             alive=lambda: self.lifecycle.state is not State.FAILED,
             ready=lambda: self.lifecycle.state is State.READY,
         )
-        return service
+
+    async def _serve_probes(self) -> grpc.aio.Server | None:
+        """Kubelets' gRPC probes speak no TLS: health alone has a port of its own for them. Raises OSError."""
+        listen = self._settings.health_listen
+        if listen is None:
+            return None
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._add_health(server)
+        _bind(server, listen, None)
+        await server.start()
+        return server
 
     def _start_metrics(self) -> metrics.MetricsServer | None:
         listen = self._settings.metrics_listen
@@ -365,10 +386,10 @@ class TaskExecutorProcess:
             log.debug("endpoint file: %s", error)
 
 
-def _bind(server: grpc.aio.Server, listen: Endpoint) -> int:
+def _bind(server: grpc.aio.Server, listen: Endpoint, tls: Tls | None) -> int:
     """Raises OSError."""
     try:
-        port = server.add_insecure_port(str(listen))
+        port = add_port(server, str(listen), tls)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {listen}: {error}") from error
     if port == 0:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvtransfer import tls as tls_files
+from kvtransfer.tls import TLS_DIR_ENV, Tls, TlsError
 from kvtransfer.transports.choice import MODES
 
 TOKEN_ENV = "DEEPFLOW_CLUSTER_TOKEN"
@@ -19,6 +21,7 @@ PARENT_DEATH_ENV = "DEEPFLOW_PARENT_DEATH"
 DEFAULT_DRAIN_SECONDS = 10.0
 # A step is bounded to 0.5 s; sixty times that is no slow step (ours).
 DEFAULT_WATCHDOG_SECONDS = 30.0
+_IN_THE_CLEAR = {"tcp", "nixl", "mooncake", "collective"}
 MAX_CALL_US = 1e6  # a call of a second is no call (ours)
 _TE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RESERVED_IDS = ("ids", "events")  # the registry's own keys beside deepflow:te:<te_id>
@@ -45,6 +48,8 @@ class Settings:
     listen: Endpoint
     advertise_host: str
     token: str
+    tls: Tls | None = None
+    health_listen: Endpoint | None = None
     redis_url: str = ""
     tasks_listen: Endpoint | None = None
     endpoint_file: Path | None = None
@@ -116,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="HOST:PORT of the Tasks stream without gRPC (default: the listen host, any port); 'off' = none",
     )
+    add(
+        "--health-listen",
+        default="",
+        help="HOST:PORT of the health service alone, without TLS, for probes that know none",
+    )
     add("--advertise-host", default="", help="host that peers reach it at (default: the listen host)")
     add("--endpoint-file", type=Path, help="JSON with the address, written when serving")
     add("--redis-url", default="", help="registry (default: $REDIS_URL); none = not registered")
@@ -156,6 +166,17 @@ def _beside(text: str, listen: Endpoint) -> Endpoint | None:
     return parse_endpoint(text) if text else Endpoint(listen.host, 0)
 
 
+def _tls(env: Mapping[str, str], transport: str) -> Tls | None:
+    """Raises SettingsError."""
+    try:
+        tls = tls_files.from_environment(env)
+    except TlsError as error:
+        raise SettingsError(f"{TLS_DIR_ENV}: {error}") from None
+    if tls is not None and transport in _IN_THE_CLEAR:
+        raise SettingsError(f"--kv-transport {transport} sends KV in the clear: not with {TLS_DIR_ENV}")
+    return tls
+
+
 def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     """Raises SettingsError; argparse itself exits for unknown options and `--help`."""
     args = _parser().parse_args(argv)
@@ -182,9 +203,11 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         metrics = None if args.metrics_listen == "off" else parse_endpoint(args.metrics_listen)
         tasks = _beside(args.tasks_listen, listen)
         data = _beside(args.kv_data_listen, listen)
+        probes = parse_endpoint(args.health_listen) if args.health_listen else None
     except ValueError as error:
         raise SettingsError(str(error)) from None
     token = env.get(TOKEN_ENV, "")
+    tls = _tls(env, args.kv_transport)
     for option, endpoint in (("--listen", listen), ("--tasks-listen", tasks), ("--kv-data-listen", data)):
         if not token and endpoint is not None and not is_loopback(endpoint.host):
             raise SettingsError(
@@ -200,6 +223,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         tasks_listen=tasks,
         advertise_host=advertise,
         token=token,
+        tls=tls,
+        health_listen=probes,
         redis_url=args.redis_url or env.get("REDIS_URL", ""),
         endpoint_file=args.endpoint_file,
         metrics_listen=metrics,
@@ -210,7 +235,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         threads=args.threads or available_cores(),
         kv_transport=args.kv_transport,
         kv_checksum=args.kv_checksum,
-        kv_data_listen=data,
+        # The data sockets write pages to the wire as they lie: under TLS blocks go over gRPC.
+        kv_data_listen=data if tls is None else None,
         lease_seconds=args.lease_seconds,
         host_cache_bytes=args.host_cache_bytes,
         disk_cache=args.disk_cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from controlplane.api.resources import ModelServing, WarmPool, names
 from controlplane.gateway.settings import GatewaySettings
 from controlplane.operator.pods import pod_spec, warm_pod
+from kvtransfer.tls import SERVER_NAME
 from tests.kubernetes.conftest import CHART, Render
 from tests.support.manifests import VERSIONS, pod_specs, restricted_problems, schema_problems
 
@@ -80,7 +82,10 @@ EXTERNAL: dict[str, Any] = {
 }
 CLAIM: dict[str, Any] = {"valkey": {"persistence": {"existingClaim": "mine"}}, "fullnameOverride": "df"}
 EPHEMERAL: dict[str, Any] = {"valkey": {"persistence": {"enabled": False}}, "nameOverride": "llm"}
+TLS: dict[str, Any] = {"tls": {"enabled": True}}
+TLS_OWN: dict[str, Any] = {**EXTERNAL, "tls": {"enabled": True, "existingSecret": "certificates"}}
 COMBINATIONS = {
+    "tls": TLS, "tls-own": TLS_OWN,
     "defaults": {}, "everything": EVERYTHING, "external": EXTERNAL, "claim": CLAIM, "ephemeral": EPHEMERAL,
 }  # fmt: skip
 
@@ -327,6 +332,62 @@ def test_pods_that_the_operator_makes_of_pools_are_valid_and_restricted(render: 
         assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == listening
 
 
+def test_with_tls_every_part_has_the_certificates_and_no_valkey_is_in_the_clear(render: Render) -> None:
+    documents = render(TLS)
+    parts = [
+        (document["metadata"]["name"], pod)
+        for document in documents
+        for _, pod in pod_specs(document)
+        if document["kind"] in ("Deployment", "StatefulSet", "Job")
+    ]
+    for name, pod in parts:
+        speaks = any(
+            {"name": "DEEPFLOW_TLS_DIR", "value": names.TLS_PATH} in box.get("env", [])
+            and {"name": "tls", "mountPath": names.TLS_PATH, "readOnly": True} in box["volumeMounts"]
+            for box in pod["containers"]
+        )
+        secret = [volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "tls"]
+        assert (speaks, secret) == ((True, ["deepflow-tls"]) if "definitions" not in name else (False, [])), (
+            name
+        )
+    url = base64.b64decode(only(documents, "Secret", "deepflow-valkey")["data"]["url"]).decode()
+    assert url.startswith("rediss://:") and f"ssl_certfile={names.TLS_PATH}/tls.crt" in url
+    valkey, front = only(documents, "StatefulSet", "deepflow-valkey")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert "--loopback" in valkey["args"] and "ports" not in valkey
+    assert front["ports"] == [{"name": "valkey", "containerPort": 6379}]
+    certificate = only(documents, "Certificate", "deepflow-tls")["spec"]
+    assert certificate["dnsNames"][:2] == [SERVER_NAME, "deepflow-valkey"]
+    assert {"server auth", "client auth"} <= set(certificate["usages"])
+    assert certificate["issuerRef"] == {"name": "deepflow-ca", "kind": "Issuer"}
+    theirs = {"name": "corp", "kind": "ClusterIssuer"}
+    documents = render({"tls": {"enabled": True, "certManager": {"issuerRef": theirs}}})
+    assert [d["spec"]["issuerRef"] for d in documents if d["kind"] == "Certificate"] == [theirs]
+    assert not [d for d in render(TLS_OWN) if d["kind"] in ("Certificate", "Issuer")]
+    assert not [d for d in render() if "tls" in json.dumps(d) and d["kind"] != "NetworkPolicy"]
+
+
+def test_pods_of_the_operator_have_the_certificates_and_probes_without_them(render: Render) -> None:
+    documents = render(TLS)
+    operator = only(documents, "Deployment", "deepflow-operator")["spec"]["template"]["spec"]
+    env = {item["name"]: item.get("value", "") for item in operator["containers"][0]["env"]}
+    pool = WarmPool.model_validate(next(d for d in documents if d["kind"] == "WarmPool"))
+    spec = pod_spec(pool, token_secret="a/b", redis_secret="c/d", tls_secret=env[names.ENV_TLS_SECRET])
+    assert (
+        schema_problems(warm_pod(pool, {"metadata": {"name": "p", "uid": "u"}}, spec, "a"), VERSIONS[-1])
+        == []
+    )
+    volume = next(volume for volume in spec["volumes"] if volume["name"] == "tls")
+    assert volume["secret"]["secretName"] == "deepflow-tls"
+    for box in spec["containers"]:
+        assert {"name": "DEEPFLOW_TLS_DIR", "value": names.TLS_PATH} in box["env"]
+        assert any(mount["name"] == "tls" for mount in box["volumeMounts"])
+    executor = spec["containers"][0]
+    assert executor["livenessProbe"]["grpc"]["port"] == names.PORT_HEALTH
+    assert f"0.0.0.0:{names.PORT_HEALTH}" in executor["args"]
+
+
 def test_a_profile_computes_with_the_cores_it_asks_for() -> None:
     for name, profile in DEFAULTS["resourceProfiles"].items():
         assert str(profile["threads"]) == profile["resources"]["requests"]["cpu"], name
@@ -357,6 +418,7 @@ def test_every_field_of_a_pool_can_be_set(render: Render) -> None:
         ({"gateway": {"settings": {"MAX_IN_FLIGHT": 3}}}, "MAX_IN_FLIGHT"),
         ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}}, "exceeds"),
         ({"gateway": {"service": {"port": 0}}}, "port"),
+        ({"tls": {"existingSecret": "a", "certManager": {"issuerRef": {"name": "b"}}}}, "exclude each other"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_refused_with_the_reason(
@@ -380,6 +442,7 @@ def test_every_value_stands_in_the_schema() -> None:
 
     schema = json.loads((CHART / "values.schema.json").read_text())
     optional = {".valkey.resources", ".operator.resources", ".gateway.resources"}
+    optional.add(".tls.certManager.issuerRef")  # none: an authority is made
     found = [problem for problem in names_of(schema, DEFAULTS, "") if not problem.startswith(tuple(optional))]
     assert found == []
 

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 VERSIONS = ("1.33.0", "1.34.0", "1.35.0", "1.36.0", "1.37.0")
 # Kinds of other projects, whose definitions are not at hand.
-FOREIGN = {"monitoring.coreos.com/v1"}
+FOREIGN = {"monitoring.coreos.com/v1", "cert-manager.io/v1"}
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvtransfer.auth import call_metadata
 from kvtransfer.channel import open_channel
+from kvtransfer.tls import Tls
 from tests.support.worker_client import WorkerClient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,11 +50,13 @@ class TaskExecutor:
         options: Sequence[str] = (),
         env: dict[str, str] | None = None,
         program: Sequence[str] = ("-m", "flowserve.shell"),
+        tls: Tls | None = None,
     ) -> None:
         """`folder` takes endpoint file and log. `options` are further arguments of the shell; `program`
         is what Python runs (a test may wrap the shell)."""
         self.te_id = te_id
         self.token = token
+        self.tls = tls
         self.metadata = call_metadata(token)
         self._endpoint = folder / f"{te_id}.json"
         self.log = folder / f"{te_id}.log"
@@ -129,7 +132,7 @@ class TaskExecutor:
 
     @contextlib.asynccontextmanager
     async def stub(self) -> AsyncIterator[worker_pb2_grpc.TaskExecutorAsyncStub]:
-        async with open_channel(self.address) as channel:
+        async with open_channel(self.address, self.tls) as channel:
             yield worker_pb2_grpc.TaskExecutorStub(channel)
 
     async def load(
@@ -183,7 +186,7 @@ class TaskExecutor:
     def connect(self, gateway_id: str = "direct", *, plain: bool = False) -> WorkerClient:
         """A gateway's stream to it, over gRPC or over a plain connection."""
         tasks_address = self.tasks_address if plain else ""
-        return WorkerClient(self.address, self.token, gateway_id, tasks_address=tasks_address)
+        return WorkerClient(self.address, self.token, gateway_id, tasks_address=tasks_address, tls=self.tls)
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,9 @@ import numpy as np
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvtransfer.auth import call_metadata
+from kvtransfer.channel import open_channel
 from kvtransfer.framed import StreamEnded, open_stream
+from kvtransfer.tls import Tls
 
 _ids = itertools.count()
 
@@ -45,11 +47,18 @@ class WorkerClient:
     """One Tasks stream to one executor. Use as an async context manager."""
 
     def __init__(
-        self, address: str, token: str, gateway_id: str = "direct", *, tasks_address: str = ""
+        self,
+        address: str,
+        token: str,
+        gateway_id: str = "direct",
+        *,
+        tasks_address: str = "",
+        tls: Tls | None = None,
     ) -> None:
         """`tasks_address`: of the stream without gRPC, where that one is to be used."""
         self.address = address
         self._tasks_address = tasks_address
+        self._tls = tls
         self._metadata = call_metadata(token)
         self._gateway_id = gateway_id
         self._runs: dict[str, tuple[TaskRun, asyncio.Event, asyncio.Event]] = {}
@@ -58,15 +67,15 @@ class WorkerClient:
         self.load: common_pb2.LoadReport | None = None
 
     async def __aenter__(self) -> WorkerClient:
-        self._channel = grpc.aio.insecure_channel(
-            self.address, options=[("grpc.max_receive_message_length", 64 << 20)]
-        )
+        options = [("grpc.max_receive_message_length", 64 << 20)]
+        self._channel = open_channel(self.address, self._tls, options)
         self.stub = worker_pb2_grpc.TaskExecutorStub(self._channel)
         self._call: Any = self.stub.Tasks(metadata=self._metadata) if not self._tasks_address else None
         if self._call is None:
             self._call = await open_stream(
-                self._tasks_address, self._metadata, worker_pb2.TasksResponse.FromString, seconds=10
-            )
+                self._tasks_address, self._metadata, worker_pb2.TasksResponse.FromString, seconds=10,
+                tls=self._tls,
+            )  # fmt: skip
         hello = worker_pb2.Hello(gateway_id=self._gateway_id, incarnation=f"{time.time_ns():x}-{next(_ids)}")
         await self._call.write(worker_pb2.TasksRequest(hello=hello))
         self._welcomed = asyncio.Event()

@@ -21,7 +21,7 @@ API = (ROOT / "docs/api.md").read_text()
 # Told by the command line, or made by the process: nobody sets them in the environment.
 NOT_SET = {
     *("gateway_id", "redis_url", "catalogue_path", "kubernetes", "kube_namespace"),
-    *("incarnation", "cluster_token"),
+    *("incarnation", "cluster_token", "tls_dir"),
 }
 METRIC_MODULES = (
     "controlplane.fleet.metrics",

@@ -112,6 +112,41 @@ priorityClassName: {{ . }}
 {{- default (printf "%s-valkey" (include "deepflow.fullname" .)) (default .Values.valkey.existingSecret .Values.redis.existingSecret) -}}
 {{- end -}}
 
+{{- define "deepflow.tlsSecret" -}}
+{{- default (printf "%s-tls" (include "deepflow.fullname" .)) .Values.tls.existingSecret -}}
+{{- end -}}
+
+{{/* Where certificates lie in each container; none without TLS. */}}
+{{- define "deepflow.tlsEnv" -}}
+{{- if .Values.tls.enabled -}}
+- {name: DEEPFLOW_TLS_DIR, value: /etc/deepflow/tls}
+{{- end -}}
+{{- end -}}
+
+{{- define "deepflow.tlsMount" -}}
+{{- if .Values.tls.enabled -}}
+- {name: tls, mountPath: /etc/deepflow/tls, readOnly: true}
+{{- end -}}
+{{- end -}}
+
+{{- define "deepflow.tlsVolume" -}}
+{{- if .Values.tls.enabled -}}
+- name: tls
+  secret: {secretName: {{ include "deepflow.tlsSecret" . }}, defaultMode: 0440}
+{{- end -}}
+{{- end -}}
+
+{{/* The Valkey's URL: (dict "root" $ "password" "x"). */}}
+{{- define "deepflow.valkeyUrl" -}}
+{{- $host := printf "%s-valkey:6379/0" (include "deepflow.fullname" .root) -}}
+{{- if .root.Values.tls.enabled -}}
+{{- $files := "ssl_ca_certs=/etc/deepflow/tls/ca.crt&ssl_certfile=/etc/deepflow/tls/tls.crt&ssl_keyfile=/etc/deepflow/tls/tls.key" -}}
+{{- printf "rediss://:%s@%s?%s" .password $host $files -}}
+{{- else -}}
+{{- printf "redis://:%s@%s" .password $host -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "deepflow.credentials" -}}
 - name: DEEPFLOW_CLUSTER_TOKEN
   valueFrom: {secretKeyRef: {name: {{ include "deepflow.tokenSecret" . }}, key: {{ .Values.clusterToken.key }}}}
@@ -126,6 +161,9 @@ priorityClassName: {{ . }}
 {{- end -}}
 {{- if not (or .Values.valkey.enabled .Values.redis.existingSecret) -}}
 {{- fail "no Valkey and no Redis: set valkey.enabled, or redis.existingSecret to a secret with a URL" -}}
+{{- end -}}
+{{- if and .Values.tls.existingSecret .Values.tls.certManager.issuerRef -}}
+{{- fail "tls: existingSecret and certManager.issuerRef exclude each other" -}}
 {{- end -}}
 {{- $seen := dict -}}
 {{- range .Values.warmPools -}}

@@ -141,9 +141,12 @@ PORT_KV = 7401  # KV to other hosts: named "kv"
 PORT_METRICS = 7402  # /metrics: named "metrics"
 PORT_TASKS = 7404  # the Tasks stream over a plain connection: --tasks-listen (7403 is the fetcher's)
 CONTAINER_FETCHER = "fetcher"
+PORT_HEALTH = 7405  # health without TLS, for kubelets; only where the rest has TLS
 PORT_FETCH = 7403  # the operator asks for a model's files here: named "fetch"
 CACHE_PATH = "/var/cache/deepflow"  # $DEEPFLOW_CACHE in every pod: models and model cards
 SHARED_PATH = "/run/deepflow"  # writable folder of sockets and endpoint files
 # Environment of the operator: "SECRET/KEY" in the pods' namespace that executors take theirs from.
 ENV_TOKEN_SECRET = "DEEPFLOW_TOKEN_SECRET"  # -> DEEPFLOW_CLUSTER_TOKEN
+ENV_TLS_SECRET = "DEEPFLOW_TLS_SECRET"  # a secret's name -> DEEPFLOW_TLS_DIR, mounted
+TLS_PATH = "/etc/deepflow/tls"
 ENV_REDIS_SECRET = "DEEPFLOW_REDIS_SECRET"  # -> REDIS_URL
