@@ -358,10 +358,10 @@ class StreamServer(Generic[T]):
     async def start(self, host: str, port: int = 0) -> int:
         """The port it listens on. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: _ServedStream(self), host, port,
-            ssl=None if self._tls is None else self._tls.server_context(),
-        )  # fmt: skip
+        options: dict[str, Any] = {}
+        if self._tls is not None:
+            options = {"ssl": self._tls.server_context(), "ssl_handshake_timeout": OPEN_SECONDS}
+        self._server = await loop.create_server(lambda: _ServedStream(self), host, port, **options)
         number: int = self._server.sockets[0].getsockname()[1]
         return number
 

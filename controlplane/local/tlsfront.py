@@ -38,8 +38,9 @@ class Front:
     async def start(self, host: str, port: int) -> int:
         """The port. Raises OSError."""
         self._server = await asyncio.start_server(
-            self._serve, host, port, ssl=self._tls.server_context(), limit=CHUNK_BYTES
-        )
+            self._serve, host, port, ssl=self._tls.server_context(), limit=CHUNK_BYTES,
+            ssl_handshake_timeout=CONNECT_SECONDS,
+        )  # fmt: skip
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
 

@@ -315,6 +315,9 @@ class Executors:
             known.te, known.load = _te_of(status, known.address.te_id, self._wall()), status.load
         except grpc.aio.AioRpcError as error:
             known.te = self._silent(before, f"{error.code().name}: {error.details()}")
+            if self._tls is not None and error.code() is grpc.StatusCode.UNAVAILABLE:
+                # A channel shows the certificate that it was made with: another shows the renewed one.
+                self._close(self._channels.pop(known.address.grpc, None))
             raise
         finally:
             if known.te is not None and known.te.state is TeState.UNREACHABLE and before is not None:
@@ -334,13 +337,16 @@ class Executors:
         if channel is None:
             channel = self._channels[address] = open_channel(address, self._tls)
             if len(self._channels) > MAX_CHANNELS:
-                _, oldest = self._channels.popitem(last=False)
-                closing = asyncio.ensure_future(oldest.close(grace=STATUS_SECONDS))
-                self._calls[f"{id(oldest)}", "close"] = closing
-                closing.add_done_callback(lambda _: self._calls.pop((f"{id(oldest)}", "close"), None))
+                self._close(self._channels.popitem(last=False)[1])
         else:
             self._channels.move_to_end(address)
         return worker_pb2_grpc.TaskExecutorStub(channel)
+
+    def _close(self, channel: grpc.aio.Channel | None) -> None:
+        if channel is not None:
+            name = f"{id(channel)}"
+            closing = self._calls[name, "close"] = asyncio.ensure_future(channel.close(grace=STATUS_SECONDS))
+            closing.add_done_callback(lambda _: self._calls.pop((name, "close"), None))
 
     def _metadata_of(self, known: _Known) -> tuple[tuple[str, str], ...]:
         return (*self._metadata, (TE_METADATA, known.address.te_id))

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
+from controlplane.api.resources.names import PORT_GRPC
 from controlplane.kube.resources import MODEL_SERVINGS, PODS, ROLE_SCALERS, WARM_POOLS
 from controlplane.operator import pools, servings
+from controlplane.operator.plan.values import TeState, Timing
 from controlplane.operator.scalers import replicas_owner
+from kvtransfer.tls import Tls
+from tests.support.certificates import Authority
 from tests.support.kube_api import Fault
 from tests.support.kube_world import World
 
@@ -82,6 +87,36 @@ async def test_a_name_that_is_given_up_goes_to_who_was_refused_for_it(world: Wor
         await world.until_ready("NameConflict", "second")
         await world.api.delete(MODEL_SERVINGS, world.namespace, "first")
         await world.until_ready("Serving", "second", seconds=20.0)
+
+
+async def test_certificates_that_were_exchanged_are_shown_to_executors_that_were_known(
+    emulated: World, tmp_path: Path
+) -> None:
+    world = emulated
+    before, after = Authority(tmp_path / "before"), Authority(tmp_path / "after")
+    folder = before.write(tmp_path / "operator")
+    world.kubelet.tls = Tls(before.write(tmp_path / "executor"))
+    async with world.operator(tls=Tls(folder), timing=Timing()) as operator:
+        await world.pool(size=1)
+        await world.serving()
+        (pod,) = await world.until_serving(1)
+        executor = world.kubelet.pods[pod["metadata"]["name"]]
+        uid = pod["metadata"]["uid"]
+        await executor.silence()
+
+        async def missed() -> bool:
+            return (te := operator.cluster.executors.te(uid)) is not None and te.silent_since is not None
+
+        await world.until(missed, seconds=20.0, why="its silence is noticed")
+        executor.tls = world.kubelet.tls = Tls(after.write(tmp_path / "executor-after"))
+        after.write(folder)
+        await executor.start_executor(PORT_GRPC)
+
+        async def seen() -> bool:
+            te = operator.cluster.executors.te(uid)
+            return te is not None and te.state is TeState.READY and te.silent_since is None
+
+        await world.until(seen, seconds=20.0, why="the operator speaks to it again")
 
 
 async def test_a_pod_of_a_lost_node_does_not_keep_a_deleted_model(

@@ -16,6 +16,8 @@ import grpc.aio
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvtransfer.auth import call_metadata
+from kvtransfer.channel import add_port
+from kvtransfer.tls import Tls
 
 DEVICE = "fake"
 State = worker_pb2.ExecutorState
@@ -107,8 +109,9 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
 class FakePod:
     """A fake executor and a real fetcher, served at an address of their own."""
 
-    def __init__(self, te: FakeTe, host: str, cache: Any) -> None:
+    def __init__(self, te: FakeTe, host: str, cache: Any, tls: Tls | None = None) -> None:
         self.te, self.host, self._cache = te, host, cache
+        self.tls = tls
         self._server: grpc.aio.Server | None = None
         self._runner: Any = None
 
@@ -121,12 +124,13 @@ class FakePod:
         await self.start_executor(PORT_GRPC)
         self._runner = web.AppRunner(application(Fetcher(self._cache), self.te.token), access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self.host, PORT_FETCH).start()
+        context = None if self.tls is None else self.tls.server_context()
+        await web.TCPSite(self._runner, self.host, PORT_FETCH, ssl_context=context).start()
 
     async def start_executor(self, port: int) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         worker_pb2_grpc.add_TaskExecutorServicer_to_server(self.te, self._server)
-        assert self._server.add_insecure_port(f"{self.host}:{port}") == port
+        assert add_port(self._server, f"{self.host}:{port}", self.tls) == port
         await self._server.start()
 
     async def silence(self) -> None:

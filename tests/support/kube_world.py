@@ -32,6 +32,7 @@ from controlplane.operator.plan.values import Timing
 from controlplane.operator.pods import EXECUTOR_SELECTOR
 from controlplane.operator.run import Operator
 from controlplane.operator.settings import OperatorSettings
+from kvtransfer.tls import Tls
 from tests.support.fake_te import FakePod, FakeTe
 from tests.support.kube_api import KubeApiServer
 
@@ -63,6 +64,7 @@ class Kubelet:
         self.pods: dict[str, FakePod] = {}  # by the pod's name
         self.configure: Callable[[str, FakeTe], None] = lambda name, te: None
         self.start_seconds = 0.0
+        self.tls: Tls | None = None
         self.hold = asyncio.Event()  # cleared: new pods stay Pending
         self.hold.set()
         self._api, self._namespace, self._cache = api, namespace, cache
@@ -94,7 +96,7 @@ class Kubelet:
         name = obj["metadata"]["name"]
         te = FakeTe(f"{self._namespace}.{name}", TOKEN)
         self.configure(name, te)
-        pod = self.pods[name] = FakePod(te, ADDRESSES.next(), self._cache)
+        pod = self.pods[name] = FakePod(te, ADDRESSES.next(), self._cache, self.tls)
         await pod.start()
         await asyncio.sleep(self.start_seconds)
         await self.report(name, ready=True, ip=pod.host)
