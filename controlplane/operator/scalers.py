@@ -22,7 +22,8 @@ from controlplane.api.resources.names import (
     Reason,
 )
 from controlplane.api.resources.warmpool import WarmPool
-from controlplane.kube.resources import ROLE_SCALERS, Json, Key, uid_of
+from controlplane.kube.client import Conflict
+from controlplane.kube.resources import ROLE_SCALERS, Json, Key, key_of, uid_of
 from controlplane.operator.plan.status import Said
 from controlplane.operator.plan.values import Plan
 from controlplane.operator.pods import format_time, parse_time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from controlplane.operator.cluster import Cluster
 
 SOMEBODY = "scale"
+CONFLICT_TRIES = 4
 OURS = {OWNER_OPERATOR, OWNER_ACTIVATOR, OWNER_AUTOSCALER}
 
 
@@ -79,7 +81,8 @@ def replicas_owner(scaler: Json) -> str:
     """The field manager that wrote spec.replicas last; "" if none is known.
 
     Zero set through /scale is owned by nobody: a Scale leaves a zero out, and with it the owner. None of ours
-    writes there, so it was somebody else.
+    writes there, so it was somebody else. An apply that changed nothing has no time: one of ours took the
+    count over as somebody else had left it.
     """
     entries = scaler["metadata"].get("managedFields") or ()
     owners = [
@@ -88,9 +91,10 @@ def replicas_owner(scaler: Json) -> str:
         if "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
         and entry.get("subresource") != "status"
     ]
-    if owners:
-        return max(owners)[1]
-    return SOMEBODY if entries else ""
+    if not owners:
+        return SOMEBODY if entries else ""
+    taken_over = [manager for time, manager in owners if not time and manager in OURS]
+    return taken_over[0] if taken_over else max(owners)[1]
 
 
 def override_of(scaler: Json, hold_seconds: float, now: float) -> Json | None:
@@ -176,19 +180,28 @@ async def say(
 async def set_replicas(
     cluster: Cluster, scaler: Json, replicas: int, manager: str, *, clear_resume: bool = False
 ) -> None:
-    """Applies spec.replicas under `manager`, if the RoleScaler is still the one that was read. Raises
-    Conflict if somebody wrote to it meanwhile."""
-    meta = scaler["metadata"]
-    body = {
-        "metadata": {
-            "namespace": meta.get("namespace", ""),
-            "name": meta["name"],
-            "uid": uid_of(scaler),
-            "resourceVersion": meta["resourceVersion"],
-        },
-        "spec": {"replicas": replicas},
-    }
-    written = await cluster.api.apply(ROLE_SCALERS, body, manager=manager, force=True)
+    """Applies spec.replicas under `manager`, if nobody else wrote them since they were read; statuses are
+    written all the time, so a conflict alone says nothing. Raises Conflict."""
+    meta, read = scaler["metadata"], scaler
+    for left in reversed(range(CONFLICT_TRIES)):
+        body = {
+            "metadata": {
+                "namespace": meta.get("namespace", ""),
+                "name": meta["name"],
+                "uid": uid_of(scaler),
+                "resourceVersion": read["metadata"]["resourceVersion"],
+            },
+            "spec": {"replicas": replicas},
+        }
+        try:
+            written = await cluster.api.apply(ROLE_SCALERS, body, manager=manager, force=True)
+            break
+        except Conflict:
+            fresh = await cluster.refresh(ROLE_SCALERS, cluster.scalers, key_of(scaler), uid_of(scaler))
+            seen = (replicas_of(scaler), replicas_owner(scaler))
+            if not left or fresh is None or (replicas_of(fresh), replicas_owner(fresh)) != seen:
+                raise
+            read = fresh
     cluster.scalers.assume(written)
     if clear_resume and ANNOTATION_RESUME in (written["metadata"].get("annotations") or {}):
         patch = {"metadata": {"annotations": {ANNOTATION_RESUME: None}}}

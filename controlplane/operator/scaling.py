@@ -10,14 +10,14 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deepflow.v1 import common_pb2
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from controlplane.api.resources.modelserving import MAX_HISTORY, ModelServing, Role, ScalingMode
+from controlplane.api.resources.modelserving import MAX_HISTORY, ModelServing, Role, ScalingMode, Targets
 from controlplane.api.resources.names import (
     ANNOTATION_PAUSED,
     ANNOTATION_RESUME,
@@ -29,6 +29,7 @@ from controlplane.api.resources.names import (
 from controlplane.fleet import autoscale, cron
 from controlplane.fleet.autoscale import Autoscaler, Bounds, Change, ScalePolicy, Signals, Window
 from controlplane.fleet.demand import Demand, DemandReader
+from controlplane.fleet.loads import DEFAULT_STEP_SECONDS, loads_of
 from controlplane.kube.client import Conflict, KubeError, NotFound
 from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS, Json, Key, key_of, uid_of, version_of
 from controlplane.operator import metrics, scalers
@@ -36,11 +37,9 @@ from controlplane.operator.cluster import Cluster
 from controlplane.operator.plan.values import Pod, TeState
 from controlplane.operator.pods import format_time
 from controlplane.operator.scalers import ScalingState
-from controlplane.scheduling import roles as load_scores
 from controlplane.scheduling.types import ExecutorView
 from controlplane.scheduling.types import Role as TaskRole
 
-DEFAULT_TPOT_SECONDS = 0.2  # as RolePolicy.step_target_seconds
 YIELD_EVERY = 20
 MAX_EXECUTOR_TASKS = 256  # of an executor that does not say (its default)
 
@@ -244,14 +243,16 @@ class ScalingLoop:
         if overridden and serving.spec.scaling.mode is not ScalingMode.MANUAL:
             return False
         waits = f"{held} requests wait" if held else "a request came"
+        # Said first: a wake that is cut off between two roles is one all the same (the autoscaler ends it).
+        model.wake_began = self._wall()
+        state.waking = True
+        path = "warm" if self._warm(key, serving) else "cold"
+        state.wake = {"startedAt": format_time(self._wall()), "path": path, "progress": 0.0}
         changes = []
         for role, scaler in objects.items():
             await scalers.set_replicas(self._cluster, scaler, 1, OWNER_ACTIVATOR)
             changes.append(Change(TaskRole(role.value), 0, 1, autoscale.Cause.QUEUE_TIME, waits))
-        model.wake_began, model.zero_since = self._wall(), None
-        state.waking = True
-        path = "warm" if self._warm(key, serving) else "cold"
-        state.wake = {"startedAt": format_time(self._wall()), "path": path, "progress": 0.0}
+        model.zero_since = None
         metrics.ACTIVATIONS.inc()
         self._cluster.events.record(
             obj,
@@ -307,7 +308,6 @@ class ScalingLoop:
         views: list[ExecutorView] = []
         ready: Counter[TaskRole] = Counter()
         running = 0
-        tasks: Counter[TaskRole] = Counter()
         for pod in pods:
             if pod.te is not None and pod.te.state in (TeState.READY, TeState.DRAINING):
                 running += pod.te.tasks
@@ -316,22 +316,14 @@ class ScalingLoop:
                 continue
             ready[TaskRole(pod.role.value)] += 1
             if report is not None:
-                view = view_of(pod, report)
-                views.append(view)
-                tasks[view.role] += view.tasks
-        score: dict[TaskRole, float] = {}
-        if views:
-            rules = load_scores.RolePolicy(
-                prefill_target_seconds=self._queue_target(key),
-                step_target_seconds=policy.tpot or DEFAULT_TPOT_SECONDS,
-            )
-            prefill = load_scores.prefill_score(views, rules)
-            decode = load_scores.decode_score(views, rules) / self._kv_target(key)
-            score = {
-                TaskRole.PREFILL: prefill,
-                TaskRole.DECODE: decode,
-                TaskRole.COLOCATED: max(prefill, decode),
-            }
+                views.append(view_of(pod, report))
+        targets = self._targets(key)
+        loads = loads_of(
+            views,
+            queue_seconds=targets.queue_seconds,
+            step_seconds=policy.tpot or DEFAULT_STEP_SECONDS,
+            kv_target=targets.kv_utilization,
+        )
         name = model_key(key)
         last = demand.last.get(name) if demand is not None else None
         held = demand.held(name) if demand is not None else None
@@ -339,23 +331,19 @@ class ScalingLoop:
             now=self._wall(),
             replicas={TaskRole(role.value): count for role, count in replicas.items()},
             ready=ready,
-            score=score,
+            score=loads.score,
             ttft=answers[0],
             tpot=answers[1],
             idle=max(0.0, demand.now - last) if demand is not None and last is not None else None,
             held=1 if held is None else held,  # unknown: nobody goes to zero
             running=running,
-            tasks={role: tasks[role] + (held or 0) for role in TaskRole} if views else None,
-            kv={role: _kv_used(views, role) / self._kv_target(key) for role in TaskRole},
+            tasks={role: count + (held or 0) for role, count in loads.tasks.items()} if views else None,
+            kv=loads.kv,
         )
 
-    def _queue_target(self, key: Key) -> float:
+    def _targets(self, key: Key) -> Targets:
         serving = self._models[key].serving
-        return serving.spec.scaling.targets.queue_seconds if serving is not None else 1.0
-
-    def _kv_target(self, key: Key) -> float:
-        serving = self._models[key].serving
-        return serving.spec.scaling.targets.kv_utilization if serving is not None else 1.0
+        return serving.spec.scaling.targets if serving is not None else Targets()
 
     def _answers(self, demand: Demand | None) -> dict[str, tuple[dict[int, int], dict[int, int]]]:
         """Answers since the last look, by model: (first tokens, further tokens), by bucket."""
@@ -413,12 +401,6 @@ class ScalingLoop:
             return
         written["metadata"].pop("managedFields", None)
         self._cluster.servings.assume(written)
-
-
-def _kv_used(views: Sequence[ExecutorView], role: TaskRole) -> float:
-    """Mean share of their blocks that executors of a role have in use."""
-    used = [1 - v.kv_blocks_free / v.kv_blocks_total for v in views if v.role is role and v.kv_blocks_total]
-    return sum(used) / len(used) if used else 0.0
 
 
 def view_of(pod: Pod, report: common_pb2.LoadReport) -> ExecutorView:
