@@ -22,6 +22,7 @@ from controlplane.cli.output import (
     state_paths,
     table,
 )
+from controlplane.local.topology import MAX_EXECUTORS
 
 if TYPE_CHECKING:
     from controlplane.local.settings import ModelSpec, StackSettings, StatePaths
@@ -84,6 +85,12 @@ def up(
         bool,
         typer.Option("--role-control/--fixed-roles", help="Whether executors change roles with the load."),
     ] = False,
+    autoscale: Annotated[
+        int,
+        typer.Option(min=0, max=MAX_EXECUTORS, metavar="N",
+                     help="Executors that each role may have while the load is worth them; 0: those of the "
+                     "topology."),
+    ] = 0,
     redis_url: Annotated[
         str | None,
         typer.Option(envvar="REDIS_URL", show_default=False,
@@ -106,6 +113,8 @@ def up(
         raise CliError(f"--dtype {dtype}: choose auto, bfloat16 or float32")
     if quantization not in ("none", "int8", "int4"):
         raise CliError(f"--quantization {quantization}: choose none, int8 or int4")
+    if autoscale and role_control:
+        raise CliError("--autoscale counts executors by their roles: leave --role-control out")
     settings = StackSettings(
         state_dir=paths.root,
         models=_models(model or [], topology or [], alias or []),
@@ -120,6 +129,7 @@ def up(
         max_model_len=max_model_len,
         threads=threads,
         role_control=role_control,
+        autoscale=autoscale,
         redis_url=redis_url or None,
         start_timeout=timeout,
     )

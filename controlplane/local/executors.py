@@ -107,6 +107,7 @@ class Executor:
         self.message = ""
         self.load_failures = 0  # in a row
         self.load_hopeless = False  # the last one was the model's or the request's fault
+        self.leaving_since: float | None = None  # it takes no more tasks, and will not come back
         self.address = ""
         self.metrics_url = ""
         self.status: worker_pb2.ExecutorStatus | None = None
@@ -124,6 +125,29 @@ class Executor:
         self._epoch = self._epochs.next()
         self._wake.set()
         return self._epoch
+
+    @property
+    def number(self) -> int:
+        """Higher for younger ones."""
+        return int(self.te_id.rpartition("-")[2])
+
+    @property
+    def tasks(self) -> int:
+        return self.status.tasks if self.status is not None else 0
+
+    @property
+    def empty(self) -> bool:
+        """It takes no tasks and has none left, nor KV that somebody reads."""
+        status = self.status
+        if status is None or status.record.state == worker_pb2.EXECUTOR_STATE_WARM:
+            return True
+        draining = status.record.state == worker_pb2.EXECUTOR_STATE_DRAINING
+        return draining and status.tasks + status.load.transfers_out == 0
+
+    def leave(self, now: float) -> None:
+        """Drains from now on; the supervisor ends it once it is empty."""
+        self.leaving_since = now
+        self._wake.set()
 
     def set_target(self, target: ModelTarget) -> None:
         self.target = target
@@ -182,6 +206,8 @@ class Executor:
     ) -> None:
         """Does the next missing thing."""
         record, load, target = status.record, status.load, self.target
+        if self.leaving_since is not None:
+            return await self._drain(stub, record.state)
         if target is None:
             return self._set_ready(False, "waits for its model")
         if record.state == worker_pb2.EXECUTOR_STATE_FAILED:
@@ -228,6 +254,12 @@ class Executor:
                  self.te_id, target.revision, loaded.load_seconds, loaded.kv_blocks, loaded.block_tokens,
                  loaded.max_model_len)  # fmt: skip
         self._wake.set()
+
+    async def _drain(self, stub: worker_pb2_grpc.TaskExecutorAsyncStub, state: int) -> None:
+        self._set_ready(False, "leaves: less load")
+        if state == worker_pb2.EXECUTOR_STATE_READY:
+            request = worker_pb2.DrainRequest(timeout_ms=1, exit=False)
+            await stub.Drain(request, metadata=self._metadata, timeout=STATUS_TIMEOUT_SECONDS)
 
     async def _send_role(self, stub: worker_pb2_grpc.TaskExecutorAsyncStub, current: int) -> None:
         if current > self._epoch:  # another leader's, or our counter was lost: go above it

@@ -31,4 +31,8 @@ OVERLOADED = Gauge(
     "deepflow_local_overloaded", "1 while both sides are at capacity: more executors are wanted", ["model"],
     registry=REGISTRY,
 )  # fmt: skip
+SCALINGS = Counter(
+    "deepflow_local_scalings", "Decisions to have more executors of a role, or fewer",
+    ["model", "role", "direction"], registry=REGISTRY,
+)  # fmt: skip
 ROLE_CHANGES = Counter("deepflow_local_role_changes", "Roles set on executors", ["role"], registry=REGISTRY)

@@ -52,6 +52,7 @@ class StackSettings:
     max_model_len: int = 0  # 0 = the model's own
     threads: int | None = None  # per executor; None = cores / executors
     role_control: bool = False  # roles follow the load, else they stay as the topology and the operator say
+    autoscale: int = 0  # each role may grow to so many executors; 0 = as many as the topology says
     redis_url: str | None = None  # None = an embedded Valkey
     start_timeout: float = 600.0  # seconds until ready, downloads not counted
 

@@ -36,6 +36,7 @@ from controlplane.local.leftovers import clear, state_lock
 from controlplane.local.listener import bind
 from controlplane.local.processes import own_record
 from controlplane.local.rolecontrol import CYCLE_SECONDS, RoleControl
+from controlplane.local.scaling import SCALE_SECONDS, LocalScaling
 from controlplane.local.settings import (
     ModelSpec,
     StackSettings,
@@ -74,7 +75,9 @@ class Supervisor:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._executors: dict[str, Executor] = {}
+        self._number = 0  # of the next executor: a name never comes again
         self._roles: RoleControl | None = None
+        self._scaling: LocalScaling | None = None
         self._revisions: dict[str, str] = {}
         self._steps: deque[str] = deque(maxlen=STEPS_KEPT)
         self._started = time.time()
@@ -106,6 +109,8 @@ class Supervisor:
                     self._own_task(self._housekeeping(), "housekeeping")
                     if self._roles is not None:
                         self._own_task(self._control_roles(self._roles), "role-control")
+                    if self._scaling is not None:
+                        self._own_task(self._scale(self._scaling), "scaling")
                     await self._stop.wait()
             finally:
                 await self._shutdown()
@@ -138,31 +143,16 @@ class Supervisor:
         self._redis_url = await self._start_valkey()
         env = commands.base_env(paths, self._redis_url, self._token())
         epochs = RoleEpochs(paths.role_epoch)
-        number = 0
-        by_model: dict[str, list[Executor]] = {model.id: [] for model in settings.models}
-        for model in settings.models:
-            for role in model.topology.roles:
-                te_id = f"te-{number}"
-                number += 1
-                child = self._add_child(commands.executor_spec(settings, paths, te_id, role, env))
-                executor = Executor(
-                    te_id,
-                    child=child,
-                    endpoint_file=paths.run / f"{te_id}.json",
-                    role=role,
-                    epochs=epochs,
-                    token=env["DEEPFLOW_CLUSTER_TOKEN"],
-                    on_change=self._changed,
-                    poll_seconds=POLL_CONTROLLED_SECONDS if settings.role_control else POLL_READY_SECONDS,
-                )
-                self._executors[te_id] = executor
-                by_model[model.id].append(executor)
-                self._own_task(executor.tend(), f"tend-{te_id}")
+        by_model = {
+            model.id: [self._add_executor(role, env, epochs) for role in model.topology.roles]
+            for model in settings.models
+        }
         if settings.role_control:
             self._roles = RoleControl(by_model)
         threads = settings.threads or threads_per_executor(settings.executors, cores())
-        self._step(f"starting {number} executors ({threads} threads each)")
+        self._step(f"starting {settings.executors} executors ({threads} threads each)")
         catalogue = []
+        targets: dict[str, ModelTarget] = {}
         kv_bytes = commands.kv_bytes(settings)
         for model in settings.models:
             fetched = await self._prepare_model(model)
@@ -171,11 +161,12 @@ class Supervisor:
                 revision += f"+{settings.quantization}"
             self._revisions[model.id] = revision
             catalogue.append(self._catalogue_entry(model, fetched, revision))
+            target = targets[model.id] = ModelTarget(
+                model.id, revision, str(fetched.path), settings.dtype, kv_bytes,
+                settings.max_model_len, settings.quantization,
+            )  # fmt: skip
             for executor in by_model[model.id]:
-                executor.set_target(
-                    ModelTarget(model.id, revision, str(fetched.path), settings.dtype, kv_bytes,
-                                settings.max_model_len, settings.quantization)
-                )  # fmt: skip
+                executor.set_target(target)
         write_atomically(paths.catalogue, json.dumps({"models": catalogue}, indent=1))
         if settings.gateways > 1:
             (paths.run / "prometheus").mkdir(exist_ok=True)
@@ -185,6 +176,33 @@ class Supervisor:
         self._step(f"loading models ({kv_bytes >> 20} MiB of KV pool per executor)")
         await self._wait_executors()
         await self._wait_models()
+        if settings.autoscale:
+
+            def add(model_id: str, role: RoleName) -> Executor:
+                executor = self._add_executor(role, env, epochs)
+                executor.set_target(targets[model_id])
+                return executor
+
+            groups = {model.id: (model.topology, by_model[model.id]) for model in settings.models}
+            self._scaling = LocalScaling(groups, settings.autoscale, add)
+
+    def _add_executor(self, role: RoleName, env: dict[str, str], epochs: RoleEpochs) -> Executor:
+        settings, paths = self.settings, self.paths
+        te_id = f"te-{self._number}"
+        self._number += 1
+        controlled = settings.role_control or settings.autoscale
+        executor = self._executors[te_id] = Executor(
+            te_id,
+            child=self._add_child(commands.executor_spec(settings, paths, te_id, role, env)),
+            endpoint_file=paths.run / f"{te_id}.json",
+            role=role,
+            epochs=epochs,
+            token=env["DEEPFLOW_CLUSTER_TOKEN"],
+            on_change=self._changed,
+            poll_seconds=POLL_CONTROLLED_SECONDS if controlled else POLL_READY_SECONDS,
+        )
+        self._own_task(executor.tend(), f"tend-{te_id}")
+        return executor
 
     async def _start_valkey(self) -> str:
         if self.settings.redis_url:
@@ -334,8 +352,13 @@ class Supervisor:
     def _current_state(self) -> str:
         if self.state != "ready":
             return self.state
-        whole = all(e.ready for e in self._executors.values())
-        return "ready" if whole and all(c.state == "running" for c in self._children) else "degraded"
+        # Those that came with the load and are on their way, or leave with it, are missed by nobody.
+        needed = [e for e in self._executors.values() if e.number < self.settings.executors]
+        scaled = {e.te_id for e in self._executors.values()} - {e.te_id for e in needed}
+        scaled |= {e.te_id for e in needed if e.leaving_since is not None}
+        whole = all(e.ready or e.te_id in scaled for e in needed)
+        running = all(c.state == "running" or c.spec.name in scaled for c in self._children)
+        return "ready" if whole and running else "degraded"
 
     async def _write_status(self) -> None:
         while True:
@@ -361,13 +384,31 @@ class Supervisor:
             await asyncio.sleep(CYCLE_SECONDS)
             roles.cycle()
 
+    async def _scale(self, scaling: LocalScaling) -> None:
+        while True:
+            await asyncio.sleep(SCALE_SECONDS)
+            scaling.cycle()
+            for executor in scaling.leavers():
+                await self._remove(executor)
+
+    async def _remove(self, executor: Executor) -> None:
+        te_id = executor.te_id
+        await _cancel([task for task in self._tasks if task.get_name() == f"tend-{te_id}"])
+        await executor.child.stop()
+        running = self._runs.pop(te_id)  # all of it goes at once: a stop may come at any wait
+        self._children.remove(executor.child)
+        del self._executors[te_id]
+        metrics.EXECUTOR_READY.remove(te_id)
+        self._step(f"{te_id} ({executor.role.value}) has left")
+        await _cancel([running])
+
     # -- stop --------------------------------------------------------------------------------------
 
     async def _shutdown(self) -> None:
         self.state = "stopping"
         self._stop.set()
         self._changed()
-        await _cancel(task for task in self._tasks if task.get_name().startswith("tend-"))
+        await _cancel(task for task in self._tasks if task.get_name().startswith(("tend-", "scaling")))
         for kind in ("gateway", "executor", "valkey"):
             children = [child for child in self._children if child.spec.kind == kind]
             await asyncio.gather(*(child.stop() for child in children))

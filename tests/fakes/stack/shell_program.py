@@ -1,6 +1,7 @@
 """A stand-in for the TE-shell: the TaskExecutor service with a model and a role, and no engine.
 
-`FAKE_SHELL=crash` ends it at once, `unsupported` refuses every model.
+`FAKE_SHELL=crash` ends it at once, `unsupported` refuses every model. Tasks in the file of $FAKE_SHELL_TASKS
+are what each executor says that it has waiting, with long prompts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import grpc
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
@@ -19,17 +21,27 @@ from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 class Shell(worker_pb2_grpc.TaskExecutorServicer):
     def __init__(self, te_id: str) -> None:
         self.te_id, self.revision = te_id, ""
-        self.role, self.epoch = common_pb2.ROLE_COLOCATED, 0
+        self.role, self.epoch, self.draining = common_pb2.ROLE_COLOCATED, 0, False
 
     async def GetStatus(self, request, context):
         state = worker_pb2.EXECUTOR_STATE_READY if self.revision else worker_pb2.EXECUTOR_STATE_WARM
+        if self.draining:
+            state = worker_pb2.EXECUTOR_STATE_DRAINING
+        path = os.environ.get("FAKE_SHELL_TASKS", "")
+        said = Path(path).read_text() if path and os.path.exists(path) and not self.draining else ""
+        tasks = int(said or 0)
         record = worker_pb2.ExecutorRecord(
             te_id=self.te_id, state=state, model_revision=self.revision, pid=os.getpid()
         )
         load = common_pb2.LoadReport(
-            role=self.role, role_epoch=self.epoch, kv_blocks_total=10, kv_blocks_free=10
-        )
-        return worker_pb2.ExecutorStatus(record=record, load=load)
+            role=self.role, role_epoch=self.epoch, kv_blocks_total=10, kv_blocks_free=10, waiting=tasks,
+            queued_prefill_tokens=3000 * tasks, prefill_tokens_per_second=1000.0,
+        )  # fmt: skip
+        return worker_pb2.ExecutorStatus(record=record, load=load, tasks=tasks)
+
+    async def Drain(self, request, context):
+        self.draining = True
+        return worker_pb2.DrainResponse(drained=True)
 
     async def LoadModel(self, request, context):
         metadata = dict(context.invocation_metadata())

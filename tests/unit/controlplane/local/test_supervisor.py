@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import tempfile
@@ -16,6 +17,8 @@ import psutil
 import pytest
 import redis
 
+from controlplane.local import scaling
+from controlplane.local import supervisor as supervisor_module
 from controlplane.local.control import ask
 from controlplane.local.errors import AlreadyRunning, NotRunning, StackError
 from controlplane.local.listener import bind
@@ -202,3 +205,30 @@ async def test_deep_state_folders_work(settings: StackSettings, tmp_path: Path) 
         sockets = StatePaths(deep.state_dir).sockets
         assert str(sockets).startswith(tempfile.gettempdir())
     assert not sockets.exists()
+
+
+async def test_executors_come_and_go_with_the_load(
+    settings: StackSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "STABLE_SECONDS", 2.0)
+    monkeypatch.setattr(scaling, "DOWN_SECONDS", 2.0)
+    monkeypatch.setattr(supervisor_module, "SCALE_SECONDS", 0.3)
+    tasks = tmp_path / "tasks"
+    monkeypatch.setenv("FAKE_SHELL_TASKS", str(tasks))
+    async with _up(dataclasses.replace(settings, autoscale=2)) as supervisor:
+
+        def roles() -> list[str]:
+            return sorted(e["role"] for e in supervisor.describe()["executors"] if e["ready"])
+
+        await asyncio.sleep(1.0)
+        assert roles() == ["decode", "prefill"]
+        tasks.write_text("3")
+        await _until(lambda: roles() == ["decode", "prefill", "prefill"])  # nobody decodes much
+        assert supervisor.describe()["state"] == "ready"
+        await asyncio.sleep(1.0)
+        assert roles() == ["decode", "prefill", "prefill"]  # two are the most
+        processes = [psutil.Process(child["pid"]) for child in supervisor.describe()["children"]]
+        tasks.write_text("0")
+        await _until(lambda: len(supervisor.describe()["executors"]) == 2)
+        assert roles() == ["decode", "prefill"] and supervisor.describe()["state"] == "ready"
+        assert sum(not process.is_running() for process in processes) == 1
