@@ -25,7 +25,7 @@ from controlplane.cli import (
     stack,
     uninstall,
 )
-from controlplane.cli.output import CliError, fail
+from controlplane.cli.output import CliError, fail, program
 from controlplane.local.errors import AlreadyRunning, NotRunning, StackError
 from controlplane.local.topology import TopologyError
 from controlplane.nodeagent.errors import SourceError
@@ -81,9 +81,9 @@ def main() -> None:
     except (CliError, StackError, SourceError, TopologyError) as error:
         fail(str(error))
     except NotRunning:
-        fail("no stack runs here; start one with `deepflow up`")
+        fail(f"no stack runs here; start one with `{program()} up`")
     except AlreadyRunning as error:
-        fail(f"another supervisor is using {error}; see `deepflow status`")
+        fail(f"another supervisor is using {error}; see `{program()} status`")
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         sys.exit(INTERRUPTED)

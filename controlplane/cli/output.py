@@ -125,8 +125,13 @@ def get_json(base_url: str, api_key: str | None, path: str, **params: object) ->
         raise CliError(f"{base_url}{path} answered something that is no JSON") from None
 
 
+def program() -> str:
+    """What the user typed: `./dev` keeps a stack of its own, which `deepflow` alone would not find."""
+    return os.environ.get("DEEPFLOW_PROGRAM") or "deepflow"
+
+
 def unreachable(base_url: str, error: Exception) -> str:
-    return f"no gateway answers at {base_url} ({error or type(error).__name__}); is `deepflow up` running?"
+    return f"no gateway answers at {base_url} ({error or type(error).__name__}); is `{program()} up` running?"
 
 
 def error_text(answer: httpx.Response) -> str:

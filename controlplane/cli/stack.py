@@ -18,6 +18,7 @@ from controlplane.cli.output import (
     ago,
     note,
     print_json,
+    program,
     stack_status,
     state_paths,
     table,
@@ -138,7 +139,7 @@ def up(
     except NotRunning:
         running = None
     if running is not None:
-        note(f"already {running['state']} at {running['url']} (see `deepflow status`)")
+        note(f"already {running['state']} at {running['url']} (see `{program()} status`)")
         return
     _prefetch(settings)
     if detach:
@@ -269,7 +270,8 @@ def _tail(path: Path) -> str:
 def how_to_call(settings: StackSettings, foreground: bool) -> str:
     """What is printed when the stack is ready."""
     model, url = settings.models[0].id, settings.url
-    ending = "Ctrl-C stops it." if foreground else "`deepflow status` looks at it, `deepflow down` stops it."
+    typed = program()
+    ending = "Ctrl-C stops it." if foreground else f"`{typed} status` looks at it, `{typed} down` stops it."
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return f"""
 DeepFlow serves {", ".join(m.id for m in settings.models)} at {url}
@@ -281,7 +283,7 @@ DeepFlow serves {", ".join(m.id for m in settings.models)} at {url}
   client = OpenAI(base_url="{url}/v1", api_key="none")
   client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello!"}}])
 
-Or: deepflow chat. {ending}"""
+Or: {typed} chat. {ending}"""
 
 
 def down(state_dir: StateDir = None) -> None:
