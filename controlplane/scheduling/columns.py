@@ -126,7 +126,7 @@ class Columns:
             view.kv_blocks_free * block if view.tasks and total else INF,
             ROLES[view.role],
             revision,
-            view.queued_tokens * token + view.tasks * step,
+            view.queued_tokens * token + view.tasks * step * policy.task_share,
             token,
             step,
             view.tasks,
@@ -165,7 +165,10 @@ class Columns:
             return
         rate = float(data[RATE].max()) or self._policy.default_prefill_rate
         data[TOKEN, unknown] = 1.0 / rate
-        data[QUEUE, unknown] = data[QUEUED, unknown] / rate + data[TASKS, unknown] * data[STEP, unknown]
+        share = self._policy.task_share
+        data[QUEUE, unknown] = (
+            data[QUEUED, unknown] / rate + data[TASKS, unknown] * data[STEP, unknown] * share
+        )
 
     def remove(self, te_id: str) -> None:
         """Forgets the executor; its slot stays until the slots' owner releases it."""

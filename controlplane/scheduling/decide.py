@@ -379,12 +379,12 @@ class _Look:
 
 
 def queue_seconds(executor: ExecutorView, policy: Policy, fastest: float = 0.0) -> float:
-    """Estimated seconds of work ahead of a new task. Every live task takes a share of the steps meanwhile.
+    """Estimated seconds of work ahead of a new task; every live task counts a share of a step.
 
     `fastest`: the highest rate that any executor of the group told, assumed of one that told none."""
     rate = executor.prefill_tokens_per_second or fastest or policy.default_prefill_rate
     step = executor.decode_step_seconds or policy.default_step_seconds
-    return executor.queued_tokens / rate + executor.tasks * step
+    return executor.queued_tokens / rate + executor.tasks * step * policy.task_share
 
 
 def dropped_for(

@@ -123,6 +123,10 @@ class Policy:
     default_prefill_rate: float = 2000.0
     """Tokens per second assumed before an executor reported one (ours: it only ranks empty executors)."""
     default_step_seconds: float = 0.05
+    task_share: float = 0.1
+    """What a running task adds to the queue in front of a prompt, in steps. The rate that an executor tells
+    is measured with decodes in the batch, so their time is in it already; what is left balances their number
+    (ours, by the twin on Azure's trace: at 1, prompts queued where decodes were few)."""
     decode_growth_tokens: int = 64
     """Room beyond the present length asked of a decode executor (ours: four blocks before preemption)."""
     early_decode: bool = True

@@ -307,6 +307,14 @@ def test_least_loaded_counts_seconds_not_tasks() -> None:
         assert placed(decide(view(fast, slow), request(), policy, Draw(seed=seed))).te_id == "te-fast"
 
 
+def test_a_prompt_goes_where_few_prompts_wait_though_more_decodes_run() -> None:
+    reader = executor("reader", tasks=1, queued_tokens=2000, prefill_tokens_per_second=2000)
+    writer = executor("writer", tasks=30, prefill_tokens_per_second=2000, decode_step_seconds=0.04)
+    assert placed(decide(view(reader, writer), request(), Policy())).te_id == "writer"
+    idle = replace(writer, te_id="idle", tasks=0)
+    assert placed(decide(view(writer, idle), request(), Policy())).te_id == "idle"
+
+
 def test_affinity_follows_the_longest_prefix() -> None:
     two = view(executor("te-0"), executor("te-1", tasks=2))
     asked = request(tokens=400, cached_tokens={"te-0": 16, "te-1": 320})
