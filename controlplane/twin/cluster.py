@@ -147,6 +147,9 @@ class Cluster:
     def output(self, request: int) -> int:
         return self._output[request]
 
+    def tenant(self, request: int) -> str:
+        return str(self._tenant[request])
+
     def priority(self, request: int) -> int:
         return self._priority[request]
 

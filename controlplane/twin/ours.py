@@ -1,18 +1,18 @@
 """The real placement policy over the simulated cluster: what a gateway does around `controlplane.scheduling`.
 
 Keeps the view a gateway has: an executor's last load report plus what was submitted to it since, the prefix
-index fed by the executors' cache events, and how long answers have been of late. Nothing here decides.
+index fed by the executors' cache events, and the predictor of answers' lengths, which learns from those that
+ended: a gateway never knows a length before. Nothing here decides.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 from controlplane.scheduling.columns import Columns
 from controlplane.scheduling.decide import decide, decide_decode
+from controlplane.scheduling.lengths import Asked, LengthPredictor, Predicted
 from controlplane.scheduling.prefix import PrefixIndex
 from controlplane.scheduling.roles import RoleController, RolePolicy
 from controlplane.scheduling.types import (
@@ -26,14 +26,13 @@ from controlplane.scheduling.types import (
 )
 from controlplane.twin.cluster import Cluster, Place
 from controlplane.twin.executor import SimExecutor
-from controlplane.twin.task import Task
+from controlplane.twin.task import PREFILL, Task
 
 REVISION = "twin"
+ENDPOINT = "chat"
 MAX_TASKS = 256  # EngineConfig.max_tasks
 PREFIX_BLOCKS = 4_000_000
 """Prefix blocks remembered (ours): all that a thousand simulated executors hold."""
-ANSWERS = 255
-"""Answers whose median length is expected of the next one (ours): a gateway never knows the length before."""
 
 
 class Ours:
@@ -64,8 +63,8 @@ class Ours:
             range(len(cluster.tes))
         )  # changed since the columns were brought up to date
         self._bound = int(cluster.workload.output.max())  # what clients ask for at most
-        self._answers: deque[int] = deque(maxlen=ANSWERS)
-        self._expected: int | None = None
+        self._lengths = LengthPredictor()
+        self._expected: dict[int, tuple[Asked, Predicted | None]] = {}  # of what has not ended
 
     # -- decisions ---------------------------------------------------------------------------------------
 
@@ -96,9 +95,9 @@ class Ours:
 
     def ended(self, te: int, task: Task, now: float) -> None:
         self._stale.add(te)
-        self._answers.append(task.output)
-        if self._expected is None or len(self._answers) < ANSWERS or not self._turn % ANSWERS:
-            self._expected = int(median(self._answers))
+        if task.kind != PREFILL:
+            asked, predicted = self._expected.pop(task.request)
+            self._lengths.learn(asked, task.output, predicted)
 
     def cached(self, te: int, stored: Sequence[int], removed: Sequence[int]) -> None:
         self._index.apply(self._ids[te], self._sequence[te], map(_identity, stored), map(_identity, removed))
@@ -114,6 +113,12 @@ class Ours:
         cluster = self._cluster
         prompt = cluster.prompt(request)
         units = cluster.units(request)
+        expected = self._expected.get(request)
+        if expected is None:
+            asked = Asked(
+                cluster.tenant(request), ENDPOINT, prompt, self._bound, beginning=units[0] if units else 0
+            )
+            expected = self._expected[request] = asked, self._lengths.predict(asked)
         cached: Mapping[str, int] = {}
         if units and len(self._index):
             found = self._index.match([_identity(unit) for unit in units])
@@ -124,7 +129,7 @@ class Ours:
             output_left=self._bound,
             cached_tokens=cached,
             never=never,
-            predicted_output=self._expected,
+            predicted_output=None if expected[1] is None else expected[1].tokens - sampled,
         )
 
     def _view(self) -> Columns:
