@@ -60,7 +60,7 @@ class JobExecutor:
         self._placer = Placer(fleet, settings.scheduling, clock, self._rng)
         self._jobs: dict[str, Job] = {}
         self._live: dict[str, Choice] = {}
-        self._room = WaitingRoom(settings.max_held, settings.max_held_bytes)
+        self._room = WaitingRoom(settings.max_held, settings.max_held_bytes, settings.tenant_weights)
         self._numbers: dict[str, int] = {}
         self._number = 0
         self._wake = asyncio.Event()
@@ -77,7 +77,8 @@ class JobExecutor:
             raise self._refuse(
                 503, "shutting_down", "The server is shutting down.", DropReason.REJECTED_SHUTDOWN
             )
-        if len(self._live) + request.n > self.settings.max_choices:
+        over = len(self._live) + request.n - self.settings.max_choices
+        if over > 0 and self._room.below(request) < over:
             raise self._refuse(
                 429, "queue_full", "Too many requests are running. Try again shortly.",
                 DropReason.REJECTED_IN_FLIGHT,
@@ -103,6 +104,8 @@ class JobExecutor:
                 )
             first.unplaced_reason = reason
             self._wake.set()
+        ousted = self._room.drop_lowest(request.model_revision, over - len(evicted))
+        evicted += [(victim, DropReason.EVICTED_FOR_PRIORITY) for victim in ousted]
         self._jobs[job_id] = job
         self._live.update((choice.task_id, choice) for choice in job.choices)
         metrics.IN_FLIGHT.inc(len(job.choices))

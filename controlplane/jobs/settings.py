@@ -5,14 +5,17 @@ Seconds throughout. Where a number comes from stands beside it; "ours" means cho
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from controlplane.fleet.channel import ChannelSettings
+from controlplane.scheduling.heatmap import HeatMap
 from controlplane.scheduling.types import Policy, PolicyName
 from kvtransfer.tls import TLS_DIR_ENV, of_folder
 
@@ -54,6 +57,11 @@ class RuntimeSettings(BaseModel):
         "prefill and a decode executor are there, as an operator who gave roles expects; larger values "
         "spare short prompts the hand-over once it costs more than the interference it avoids.",
     )
+    heat_map: str | None = Field(
+        None,
+        description="File that `deepflow calibrate --heat-map` wrote: where splitting pays. None: wherever "
+        "both roles are there.",
+    )
     affinity_slack_ratio: float = Field(
         1.5, ge=1, description="A cached prefix is followed up to ratio x the shortest queue + slack."
     )
@@ -87,6 +95,10 @@ class RuntimeSettings(BaseModel):
     )
     hold_step_seconds: float = Field(
         0, ge=0, description="Nothing starts while all decode executors take longer steps. 0: no bound."
+    )
+    tenant_weights: dict[str, float] = Field(
+        default={},
+        description='Shares of tenants while requests wait, as JSON (`{"gold":4}`); 1 for all others.',
     )
 
     # Deadlines of the stages; the request's own comes with it.
@@ -133,6 +145,27 @@ class RuntimeSettings(BaseModel):
     # Shutdown. The gateway drains its own requests first.
     drain_seconds: float = Field(5, ge=0)
 
+    @field_validator("tenant_weights", mode="before")
+    @classmethod
+    def _weights_from_json(cls, value: object) -> object:
+        """The environment has text."""
+        return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _weights_positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for tenant, weight in value.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"the weight of {tenant!r} is not above 0")
+        return value
+
+    @field_validator("heat_map")
+    @classmethod
+    def _heat_map_readable(cls, value: str | None) -> str | None:
+        """A gateway with a wrong file says so at its start."""
+        _read_heat_map(value)
+        return value
+
     @property
     def scheduling(self) -> Policy:
         return Policy(
@@ -141,6 +174,7 @@ class RuntimeSettings(BaseModel):
             max_step_age_seconds=self.max_step_age_seconds,
             affinity_slack_seconds=self.affinity_slack_seconds,
             affinity_slack_ratio=self.affinity_slack_ratio,
+            heat_map=_read_heat_map(self.heat_map),
             early_decode=self.early_decode,
             early_free_share=self.early_free_share,
             early_horizon_seconds=self.early_horizon_seconds,
@@ -174,3 +208,13 @@ class RuntimeSettings(BaseModel):
             if ENV_PREFIX + name.upper() in env
         }
         return cls.model_validate({**values, **(overrides or {})})
+
+
+def _read_heat_map(path: str | None) -> HeatMap | None:
+    """Raises ValueError that says why."""
+    if not path:
+        return None
+    try:
+        return HeatMap.parse(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no heat map: {error}") from None

@@ -6,10 +6,11 @@ The job executor's own: it asks who goes next, and tells what was placed. The or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from controlplane.jobs import metrics
 from controlplane.jobs.choice import Choice
+from controlplane.jobs.serving import ServingRequest
 from controlplane.jobs.states import TaskState
 from controlplane.scheduling.admission import DropReason, FairQueue, Waiting
 
@@ -22,7 +23,9 @@ MAX_IDLE_QUEUES = 256
 class WaitingRoom:
     """Choices in HELD and HANDOVER. Bounds on requests count over all models; room is made within one."""
 
-    def __init__(self, max_requests: int, max_bytes: int) -> None:
+    def __init__(self, max_requests: int, max_bytes: int, weights: Mapping[str, float] | None = None) -> None:
+        """`weights` of tenants; 1 where none is given."""
+        self._weights = weights
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._queues: dict[str, FairQueue] = {}
@@ -65,6 +68,19 @@ class WaitingRoom:
         self._held[choice.task_id] = choice
         metrics.HELD.inc(1 - len(evicted))
         return None, evicted
+
+    def below(self, request: ServingRequest) -> int:
+        """How many wait for the same model in lower bands."""
+        queue = self._queues.get(request.model_revision)
+        return queue.below(request.priority) if queue is not None else 0
+
+    def drop_lowest(self, revision: str, count: int) -> list[Choice]:
+        """Those of the lowest bands that have to go for a newcomer; they are out already."""
+        if count < 1:
+            return []
+        gone = [self._held.pop(item.key) for item in self._queues[revision].drop_lowest(count)]
+        metrics.HELD.dec(len(gone))
+        return gone
 
     def put_back(self, choice: Choice, cost: float, number: int) -> None:
         """One that was admitted before, a finished prefill among them: it waits whatever the bounds say."""
@@ -111,7 +127,7 @@ class WaitingRoom:
             if len(self._queues) >= MAX_IDLE_QUEUES:
                 for idle in [name for name, other in self._queues.items() if not len(other)]:
                     del self._queues[idle]
-            queue = self._queues[revision] = FairQueue(self._max_requests, self._max_bytes)
+            queue = self._queues[revision] = FairQueue(self._max_requests, self._max_bytes, self._weights)
         return queue
 
 

@@ -119,6 +119,23 @@ class FairQueue:
         self._insert(item)
         return Pushed(evicted=tuple(victims))
 
+    def below(self, band: int) -> int:
+        """How many of lower bands wait."""
+        return sum(level.waiting for number, level in self._bands.items() if number < band)
+
+    def drop_lowest(self, count: int) -> list[Waiting]:
+        """Takes out who would make room first: of the lowest band, the last of whoever waits with most.
+
+        For a newcomer of a higher band that needs room elsewhere than here; `below` says how many that may
+        be."""
+        gone = []
+        for _ in range(count):
+            band = self._bands[min(number for number, level in self._bands.items() if level.waiting)]
+            victim = self._items[band.shares[self._largest(band)].queue[-1][2]]
+            self.remove(victim.key)
+            gone.append(victim)
+        return gone
+
     def put_back(self, item: Waiting) -> None:
         """Something that was let in before waits again, whatever the bounds say: it is not lost for them."""
         self._check(item)
@@ -211,21 +228,22 @@ class FairQueue:
         if lowest is None or lowest > item.band:
             return None
         band = self._bands[lowest]
-        weights = self._weights
-
-        def weighted(tenant: str) -> float:
-            return band.shares[tenant].cost / weights.get(tenant, 1.0)
-
-        tenant = max(
-            (name for name, share in band.shares.items() if share.queue), key=lambda n: (weighted(n), n)
-        )
+        tenant = self._largest(band)
         if lowest == item.band:
             mine = band.shares[item.tenant].cost if item.tenant in band.shares else 0.0
-            if tenant == item.tenant or weighted(tenant) <= (mine + item.cost) / weights.get(
-                item.tenant, 1.0
+            if tenant == item.tenant or self._weighted(tenant, band.shares[tenant].cost) <= self._weighted(
+                item.tenant, mine + item.cost
             ):
                 return None
         return self._items[band.shares[tenant].queue[-1][2]]
+
+    def _weighted(self, tenant: str, cost: float) -> float:
+        return cost / self._weights.get(tenant, 1.0)
+
+    def _largest(self, band: _Band) -> str:
+        """The tenant that waits with most, for its weight."""
+        waiting = ((name, share) for name, share in band.shares.items() if share.queue)
+        return max(waiting, key=lambda entry: (self._weighted(entry[0], entry[1].cost), entry[0]))[0]
 
     @staticmethod
     def _least_used(band: _Band, default: float) -> float:

@@ -6,6 +6,7 @@ decode to prefill, summed over request rates: above 0 split, below 0 do not. `de
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -27,6 +28,18 @@ class HeatMap:
                 raise ValueError("a heat map's axes are positive and ascend")
         if len(self.cells) != len(self.prefills) or any(len(row) != len(self.ratios) for row in self.cells):
             raise ValueError("a heat map has one cell per prefill length and ratio")
+
+    @classmethod
+    def parse(cls, text: str) -> HeatMap:
+        """The summed map of a file that `deepflow calibrate --heat-map` wrote. Raises ValueError."""
+        try:
+            data = json.loads(text)
+            cells = tuple(
+                tuple(math.nan if cell is None else float(cell) for cell in row) for row in data["summed"]
+            )
+            return cls(tuple(data["prefills"]), tuple(data["ratios"]), cells)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a part is missing or of another kind: {error}") from None
 
     def value(self, prefill: int, output: int) -> float | None:
         """Interpolated over the logarithms of both axes and clamped to them; None: not measured there."""

@@ -72,12 +72,8 @@ def save(filled: Filled, profile: CostProfile, path: str | Path) -> None:
 def read(path: str | Path) -> HeatMap:
     """A map that `save` wrote, as policies take it. Raises ProfileError."""
     try:
-        data = json.loads(Path(path).read_text())
-        cells = tuple(
-            tuple(math.nan if cell is None else float(cell) for cell in row) for row in data["summed"]
-        )
-        return HeatMap(tuple(data["prefills"]), tuple(data["ratios"]), cells)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return HeatMap.parse(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise ProfileError(f"{path} is no heat map: {error}") from None
 
 

@@ -123,3 +123,27 @@ def test_prompts_wait_where_order_can_change_while_the_executors_queue_is_long()
     bench.turn()
     first, second = (submitted.task.task_id for submitted in bench.fleet.submitted)
     assert (first, second) == (high.choices[0].task_id, low.choices[0].task_id)
+
+
+def test_beyond_the_in_flight_bound_a_higher_band_takes_the_place_of_one_that_waits() -> None:
+    bench = full(max_choices=3)
+    low = [bench.submit(tenant="low") for _ in range(3)]
+    high = bench.submit(tenant="high", priority=5)
+    assert [job.choices[0].state.terminal for job in low] == [False, False, True]
+    assert error_of(low[2]).drop_reason == "evicted-for-priority"
+    assert not high.choices[0].state.terminal and len(bench.jobs._live) == 3
+    with pytest.raises(ServingError) as refused:
+        bench.submit(tenant="other")
+    assert refused.value.drop_reason == "rejected-in-flight"
+    with pytest.raises(ServingError) as refused:
+        bench.submit(tenant="high", priority=5, n=3)  # two others wait in lower bands
+    assert refused.value.drop_reason == "rejected-in-flight"
+    assert len(bench.jobs._live) == 3
+
+
+def test_a_tenant_that_weighs_more_goes_more_often() -> None:
+    bench = full(tenant_weights={"gold": 3.0})
+    for _ in range(8):
+        bench.submit(tenant="plain")
+        bench.submit(tenant="gold")
+    assert placed(bench)[:8].count("gold") == 6
