@@ -1,12 +1,11 @@
 """What stands between a layer's matrices, one Triton kernel each: norm, rotation, gate.
 
 In plain torch they are some forty launches a layer, each of which reads and writes everything again: at
-small batches that is as long as reading the weights. Tested as `paged_attention` is.
+small batches that is as long as reading the weights. Tested as `paged_attention` is,
+and annotated for the same reason.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -20,7 +19,12 @@ GATE_COLUMNS = 1024
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton
 def _norm(  # noqa: PLR0917  a kernel's arguments are positional
-    x: Any, weight: Any, out: Any, epsilon: Any, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    epsilon: tl.tensor,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
     """Root mean square norm of one row."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
@@ -33,7 +37,8 @@ def _norm(  # noqa: PLR0917  a kernel's arguments are positional
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton
 def _rotate(  # noqa: PLR0917
-    x: Any, cosines: Any, sines: Any, out: Any, stride_token: Any, stride_head: Any,
+    x: tl.tensor, cosines: tl.tensor, sines: tl.tensor, out: tl.tensor,
+    stride_token: tl.tensor, stride_head: tl.tensor,
     HALF: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rotary embedding of one head of one token."""
@@ -51,7 +56,7 @@ def _rotate(  # noqa: PLR0917
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton
-def _gate(gate_up: Any, out: Any, width: Any, COLUMNS: tl.constexpr) -> None:
+def _gate(gate_up: tl.tensor, out: tl.tensor, width: tl.tensor, COLUMNS: tl.constexpr) -> None:
     """silu(gate) * up over some columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

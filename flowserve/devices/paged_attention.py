@@ -4,12 +4,11 @@ One query per sequence (flash decoding, Dao et al. 2023): the keys of a sequence
 each keeps a running softmax over its part, a second kernel joins the parts. A program holds all query
 heads of one KV head, so that no key is read twice. Lengths and tables stay on the device: shapes alone
 decide what is launched, as a graph needs. Triton comes with torch's CUDA build; with TRITON_INTERPRET=1
-the same kernels run on the CPU, which is how they are tested.
+the same kernels run on the CPU, which is how they are tested. The compiler is stricter than that
+interpreter: it looks up annotations too, and knows no global but `tl`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -29,8 +28,9 @@ MIN_ROWS = 16
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton
 def _part(  # noqa: PLR0917  a kernel's arguments are positional
-    q: Any, pages: Any, tables: Any, ends: Any, parts: Any, sums: Any,
-    scale: Any, stride_block: Any, stride_value: Any, stride_head: Any, stride_table: Any,
+    q: tl.tensor, pages: tl.tensor, tables: tl.tensor, ends: tl.tensor, parts: tl.tensor, sums: tl.tensor,
+    scale: tl.tensor, stride_block: tl.tensor, stride_value: tl.tensor, stride_head: tl.tensor,
+    stride_table: tl.tensor,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -73,7 +73,7 @@ def _part(  # noqa: PLR0917  a kernel's arguments are positional
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton
 def _join(  # noqa: PLR0917
-    parts: Any, sums: Any, out: Any, splits: Any,
+    parts: tl.tensor, sums: tl.tensor, out: tl.tensor, splits: tl.tensor,
     DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The parts of one query head, weighed by their mass under the common peak."""
