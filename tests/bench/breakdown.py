@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from flowserve.engine.config import EngineConfig
 from flowserve.engine.engine import Engine
 from flowserve.engine.types import EngineTask, SamplingParams, StepEvent, TaskKind
+from flowserve.executor.interface import ModelInfo, SequenceSlice, SliceResult
 from flowserve.executor.local import LocalExecutor
 from flowserve.rtc import RTC
 from tests.bench import common
@@ -42,8 +43,37 @@ def some_prompts(streams: int, context: int) -> list[list[int]]:
     return [prompts.next(context - OUTPUT_TOKENS // 2) for _ in range(streams)]
 
 
-def in_engine(executor: LocalExecutor, streams: int, context: int) -> float:
-    """The gap in an engine of this process."""
+class Watched:
+    """An executor that notes when each of its calls began and ended."""
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        self._executor = executor
+        self.calls: list[tuple[int, float, float]] = []  # slices, begin, end
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._executor.info
+
+    def execute(self, batch: Sequence[SequenceSlice]) -> list[SliceResult]:
+        begin = time.perf_counter()
+        results = self._executor.execute(batch)
+        self.calls.append((len(batch), begin, time.perf_counter()))
+        return results
+
+    def close(self) -> None:
+        """The executor stays its owner's."""
+
+    def pause(self, streams: int) -> float:
+        """Median seconds from the end of a step of `streams` slices to the begin of the next one."""
+        full = [
+            then[1] - now[2] for now, then in itertools.pairwise(self.calls) if now[0] == then[0] == streams
+        ]
+        return common.median(full)
+
+
+def in_engine(executor: LocalExecutor, streams: int, context: int) -> tuple[float, float]:
+    """The gap in an engine of this process, and the pause in it between two calls of the executor: all
+    that scheduling, bookkeeping and handing out could save by running beside a step."""
     arrivals: dict[str, list[float]] = {}
     ended = threading.Semaphore(0)
 
@@ -57,11 +87,13 @@ def in_engine(executor: LocalExecutor, streams: int, context: int) -> float:
 
     prompts = some_prompts(streams, context)
     params = SamplingParams(temperature=0.0, ignore_eos=True)
-    engine = Engine(executor, RTC(executor.store), EngineConfig(), handover=None, on_event=on_event)
+    watched = Watched(executor)
+    engine = Engine(watched, RTC(executor.store), EngineConfig(), handover=None, on_event=on_event)
     engine.start()
     try:
         for tokens in (1, OUTPUT_TOKENS):
             arrivals.clear()
+            watched.calls.clear()
             for index, prompt in enumerate(prompts):
                 task = EngineTask(f"{index}/{tokens}", 1, TaskKind.UNIFIED, prompt, params, tokens)
                 engine.submit(task)
@@ -70,7 +102,7 @@ def in_engine(executor: LocalExecutor, streams: int, context: int) -> float:
                     raise RuntimeError("the engine did not finish")
     finally:
         engine.stop()
-    return gap(list(arrivals.values()))
+    return gap(list(arrivals.values())), watched.pause(streams)
 
 
 async def served(stack: Stack, streams: int, context: int) -> tuple[float, float]:

@@ -203,7 +203,8 @@ def add_around(
 ) -> None:
     """What the engine's loop, gRPC and the gateway add to a decode step."""
     batches = DECODE_BATCHES[:2] if quick else DECODE_BATCHES
-    loops = {n: breakdown.in_engine(executor, n, DECODE_CONTEXT) for n in batches}
+    inside = {n: breakdown.in_engine(executor, n, DECODE_CONTEXT) for n in batches}
+    loops = {n: whole for n, (whole, _) in inside.items()}
     with running_stack("1C", "--threads", str(threads), "--kv-cache-bytes", "512M", *how.options) as stack:
         for n in batches:
             direct, gateway = asyncio.run(breakdown.served(stack, n, DECODE_CONTEXT))
@@ -215,6 +216,7 @@ def add_around(
                 over_grpc_ms=1e3 * direct,
                 through_gateway_ms=1e3 * gateway,
                 engine=1e3 * (loops[n] - step),
+                between_steps=1e3 * inside[n][1],
                 grpc=1e3 * (direct - loops[n]),
                 gateway=1e3 * (gateway - direct),
             )
