@@ -63,12 +63,13 @@ async def test_models_are_fetched_ahead_and_told_by_node(world: World) -> None:
         for number, pod in enumerate(await world.pods()):
             await bind(world, pod["metadata"]["name"], f"node-{number % 2}")
 
-        async def there() -> bool:
-            return (await status(world)).get("readyNodes") == 2
+        async def there() -> bool:  # until a pod is bound it counts under the node "unknown"
+            nodes = (await status(world)).get("nodes", [])
+            return [(node["name"], node["pods"]) for node in nodes] == [("node-0", 2), ("node-1", 1)]
 
-        await world.until(there, why="two nodes have it")
+        await world.until(there, why="each node has its pods")
         said = await until_reason(world, "Cached")
-        assert [(node["name"], node["pods"]) for node in said["nodes"]] == [("node-0", 2), ("node-1", 1)]
+        assert said["readyNodes"] == 2
         size = world.model.stat().st_size
         assert said["nodes"][0]["models"] == [
             {"uri": uri, "state": "Ready", "bytesDone": size, "bytesTotal": size, "message": ""}
