@@ -77,6 +77,11 @@ def up(
                      "[default: 1G, less where memory is short]"),
     ] = None,
     max_model_len: Annotated[int, typer.Option(min=0, help="Context bound; 0 = the model's own.")] = 0,
+    weights_cache_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", show_default=False, help="Memory for weights that executors share, as "
+                     "8G; 0: each has its own.  [default: half of what /dev/shm has free]"),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=1024, show_default=False, help="Threads of each executor.  "
@@ -128,6 +133,7 @@ def up(
         tensor_parallel=tensor_parallel,
         kv_cache_bytes=parse_bytes(kv_cache_bytes) if kv_cache_bytes else None,
         max_model_len=max_model_len,
+        weights_cache_bytes=_optional_bytes(weights_cache_bytes),
         threads=threads,
         role_control=role_control,
         autoscale=autoscale,
@@ -180,8 +186,13 @@ def parse_bytes(text: str) -> int:
         raise CliError(f"'{text}' is no size: write bytes, or a number with K, M, G or T")
     value = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
     if value < 1 << 20:
-        raise CliError(f"'{text}' is too small: a KV pool wants at least 1M")
+        raise CliError(f"'{text}' is too small: at least 1M")
     return value
+
+
+def _optional_bytes(text: str | None) -> int | None:
+    """As `parse_bytes`; 0 is none of it, and None what nobody said."""
+    return None if text is None else 0 if text.strip() == "0" else parse_bytes(text)
 
 
 def _prefetch(settings: StackSettings) -> None:

@@ -16,6 +16,7 @@ from controlplane.local.settings import (
     cores,
     default_kv_bytes,
     threads_per_executor,
+    weights_cache_bytes,
 )
 from controlplane.local.topology import RoleName
 from controlplane.local.valkey import server_command
@@ -63,6 +64,8 @@ def executor_spec(
 ) -> ChildSpec:
     threads = str(settings.threads or threads_per_executor(settings.executors, cores()))
     endpoint = paths.run / f"{te_id}.json"
+    bound = weights_cache_bytes(settings, paths)
+    weights = ("--weights-dir", str(paths.weights), "--weights-bytes", str(bound)) if bound else ()
     return ChildSpec(
         name=te_id,
         kind="executor",
@@ -70,7 +73,7 @@ def executor_spec(
             *(*PYTHON, "flowserve.shell", "--te-id", te_id, "--listen", "127.0.0.1:0"),
             *("--endpoint-file", str(endpoint), "--role", role.value),
             *("--device", settings.device, "--tensor-parallel", str(settings.tensor_parallel)),
-            *("--threads", threads, "--shm-dir", str(paths.sockets)),
+            *("--threads", threads, "--shm-dir", str(paths.sockets), *weights),
         ),
         env={**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         log=paths.logs / f"{te_id}.log",

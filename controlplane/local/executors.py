@@ -103,6 +103,7 @@ class Executor:
         self.child = child
         self.role = role
         self.target: ModelTarget | None = None
+        self._decided = time.time()  # when it was to serve: made, or its process found gone
         self.ready = False
         self.message = ""
         self.load_failures = 0  # in a row
@@ -162,6 +163,7 @@ class Executor:
                 await self._tend_process(worker_pb2_grpc.TaskExecutorStub(channel), pid)
             finally:
                 await channel.close()
+                self._decided = time.time()
                 self._set_ready(False, "")
                 self.status = None
 
@@ -236,6 +238,7 @@ class Executor:
             kv_cache_bytes=target.kv_cache_bytes,
             max_model_len=target.max_model_len,
             quantization=target.quantization,
+            decided_unix_ms=int(self._decided * 1000),
         )
         try:
             loaded = await stub.LoadModel(request, metadata=self._metadata, timeout=LOAD_TIMEOUT_SECONDS)
@@ -290,6 +293,10 @@ class Executor:
         if self.status is not None:
             load, record = self.status.load, self.status.record
             value |= {
+                "start": {
+                    "path": record.start_path,
+                    "seconds": {phase.phase: phase.seconds for phase in record.start_phases},
+                },
                 "state": worker_pb2.ExecutorState.Name(record.state).rsplit("_", 1)[-1].lower(),
                 "waiting": load.waiting,
                 "running": load.running,

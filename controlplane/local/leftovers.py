@@ -33,13 +33,15 @@ def recorded(paths: StatePaths) -> tuple[ProcessRecord | None, list[ProcessRecor
 
 
 def clear(paths: StatePaths, grace: float = GRACE_SECONDS) -> list[ProcessRecord]:
-    """Ends recorded children that still run and removes sockets, endpoint and status files.
+    """Ends recorded children that still run and removes sockets, endpoint and status files, and the weights
+    that they shared.
 
     Call it only while no supervisor runs. Data, logs, the token and the epoch stay.
     """
     _, children = recorded(paths)
     ended = end_all(children, grace)
     shutil.rmtree(paths.run, ignore_errors=True)
+    shutil.rmtree(paths.weights, ignore_errors=True)
     if paths.sockets != paths.run:
         shutil.rmtree(paths.sockets, ignore_errors=True)
     for path in (paths.catalogue, paths.settings, paths.status):

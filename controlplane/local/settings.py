@@ -23,6 +23,8 @@ DEFAULT_KV_BYTES = 1 << 30  # per executor: about 46,000 tokens of the default m
 # activations and everyone else. Ours.
 KV_SHARE_OF_MEMORY = 0.5
 MIN_KV_BYTES = 64 << 20
+MEMORY_FILES = Path("/dev/shm")  # Linux: a file system in memory
+WEIGHTS_SHARE_OF_MEMORY = 0.5  # of its free space, for the weights that executors share. Ours.
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class StackSettings:
     tensor_parallel: int = 1  # ranks of each executor
     kv_cache_bytes: int | None = None  # per executor; None = default_kv_bytes()
     max_model_len: int = 0  # 0 = the model's own
+    weights_cache_bytes: int | None = None  # of the node's memory, for all; None = the default, 0 = none
     threads: int | None = None  # per executor; None = cores / executors
     role_control: bool = False  # roles follow the load, else they stay as the topology and the operator say
     autoscale: int = 0  # each role may grow to so many executors; 0 = as many as the topology says
@@ -99,6 +102,14 @@ def default_kv_bytes(executors: int, available_bytes: int) -> int:
     """Bytes of KV pool per executor: 1 GiB, less where memory is short."""
     share = int(available_bytes * KV_SHARE_OF_MEMORY) // max(1, executors)
     return max(MIN_KV_BYTES, min(DEFAULT_KV_BYTES, share))
+
+
+def weights_cache_bytes(settings: StackSettings, paths: StatePaths) -> int:
+    """Bound of the node's weight cache: as asked, by default half of what is free; 0 without such memory."""
+    if settings.weights_cache_bytes is not None or not MEMORY_FILES.is_dir():
+        return settings.weights_cache_bytes or 0
+    found = os.statvfs(MEMORY_FILES)
+    return int(found.f_bavail * found.f_frsize * WEIGHTS_SHARE_OF_MEMORY)
 
 
 def default_state_dir() -> Path:
@@ -161,6 +172,12 @@ class StatePaths:
             return beside
         digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
         return Path(tempfile.gettempdir()) / f"deepflow-{os.getuid()}-{digest}"
+
+    @property
+    def weights(self) -> Path:
+        """The node's weight cache: in memory, gone with the stack."""
+        digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
+        return MEMORY_FILES / f"deepflow-weights-{os.getuid()}-{digest}"
 
     @property
     def control(self) -> Path:

@@ -369,6 +369,7 @@ class Executors:
         )
 
     async def _load(self, uid: str, known: _Known, target: Target) -> None:
+        decided = time.time()
         try:
             path, sha256 = await self._fetch(uid, known, target.uri)
             known.progress = 0.5
@@ -380,6 +381,7 @@ class Executors:
                 kv_cache_bytes=target.kv_cache_bytes,
                 max_model_len=target.max_model_len,
                 quantization=target.quantization,
+                decided_unix_ms=int(decided * 1000),
             )
             await self._stub(known).LoadModel(
                 request, metadata=self._metadata_of(known), timeout=LOAD_SECONDS

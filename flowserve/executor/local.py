@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ import torch
 
 from flowserve.devices import Device, Model, Pool, open_device
 from flowserve.engine.sampling import sample, token_logprobs
-from flowserve.engine.types import TokenLogprobs
+from flowserve.engine.types import SamplingParams, TokenLogprobs
 from flowserve.executor.batch import flatten
-from flowserve.executor.interface import QUANTIZATIONS, ModelInfo, SequenceSlice, SliceResult
+from flowserve.executor.interface import QUANTIZATIONS, ModelInfo, SampleSpec, SequenceSlice, SliceResult
 from flowserve.models.errors import UnsupportedModel
 from flowserve.models.loader import open_model, parse_dtype
+from flowserve.models.weight_cache import WeightCache
+from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import BlockStore, PoolError
 
@@ -23,13 +27,23 @@ SCORE_BYTES = 16 << 20
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How an executor was opened."""
+
+    weights_seconds: float = 0.0  # until the model could compute
+    pool_seconds: float = 0.0  # from there until it had its pool
+    in_node_memory: bool = False  # the weights were there in the form that is computed with
+
+
 class LocalExecutor:
     """Runs batches of one model. Use from one thread."""
 
-    def __init__(self, model: Model, pool: Pool, info: ModelInfo) -> None:
+    def __init__(self, model: Model, pool: Pool, info: ModelInfo, opening: Opening | None = None) -> None:
         self._model = model
         self._pool = pool
         self._info = info
+        self.opening = opening or Opening()
         self._closed = False
 
     @property
@@ -62,6 +76,17 @@ class LocalExecutor:
             results[index].logprobs = draw.logprobs
             results[index].error = None if draw.error is None else str(draw.error)
         return results
+
+    def warm_up(self) -> None:
+        """One request of two steps, answered to nobody: what a first step sets up is set up before it counts.
+
+        Writes to block 0, whose content must be nobody's yet.
+        """
+        prompt = [0] * min(self.store.layout.block_tokens - 1, self._info.max_model_len - 1)
+        drawn = SampleSpec(SamplingParams(), prompt, [], 0)
+        if prompt:
+            self.execute([SequenceSlice(prompt, 0, [0], sample=drawn)])
+        self.execute([SequenceSlice([0], len(prompt), [0], sample=drawn)])
 
     def _score(self, item: SequenceSlice, first: int) -> list[TokenLogprobs]:
         """Log-probabilities of the tokens after each token of a prompt slice, a few rows at a time."""
@@ -96,12 +121,14 @@ def open_executor(
     threads: int = 1,
     quantization: str = "",
     tensor_parallel: int = 1,
+    weights: WeightCache | None = None,
 ) -> LocalExecutor:
     """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`.
 
     `dtype` is that of KV pages and, without `quantization` (interface.QUANTIZATIONS), of the weights.
     With `tensor_parallel` ranks the model, the pool and the threads are shared out over as many processes,
-    of which this is the first, on devices counted up from `device`.
+    of which this is the first, on devices counted up from `device`. With `weights` they are taken from the
+    node's cache, or put there for the next (not where ranks share them).
 
     Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
     DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
@@ -112,7 +139,9 @@ def open_executor(
         )
     where: Device = open_device(device)
     where.set_threads(threads)
-    source = open_model(path)
+    began = time.perf_counter()
+    cached = weights.open(path) if weights is not None and tensor_parallel == 1 else None
+    source: WeightSource = cached or open_model(path)
     config = source.config
     kind = parse_dtype(dtype)
     max_len = min(max_model_len or config.max_len, config.max_len)
@@ -140,6 +169,7 @@ def open_executor(
             threads=threads,
             quantization=quantization,
         )
+        loaded = time.perf_counter()
         try:
             pool = where.make_pool(layout, num_blocks)
         except BaseException:
@@ -166,6 +196,7 @@ def open_executor(
             max_len=max_len,
             threads=threads,
         )
+        loaded = time.perf_counter()  # pools come with the ranks
     info = ModelInfo(
         revision=revision,
         layers=config.layers,
@@ -177,4 +208,6 @@ def open_executor(
         dtype=layout.dtype,
         quantization=quantization,
     )
-    return LocalExecutor(model, pool, info)
+    hit = cached is not None and cached.used == "hit"
+    opening = Opening(loaded - began, time.perf_counter() - loaded, hit)
+    return LocalExecutor(model, pool, info, opening)

@@ -12,7 +12,7 @@ one-token slices alone, with shapes and memory that a device graph can replay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
+from flowserve.models.layout import TorchLayout
 from flowserve.models.shard import Collective, ShardedSource, shard_head
-from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
+from flowserve.models.weights import WeightSource
 
 PADDING_WASTE = 1.5
 """Decodes share one padded attention call while the longest has at most so many times the shortest's keys."""
@@ -107,24 +108,26 @@ class TorchLlama:
         self._attention = attention
         self._elementwise = elementwise or PLAIN
         self._group = group
-        shape = (config.vocab_size, config.hidden)
-        self._embedding = checked(source, "embedding", shape).to(dtype).to(device)
-        self._final_norm = checked(source, "final_norm", (config.hidden,)).float().to(device)
-        if group is None:
-            head = self._embedding if config.tied else checked(source, "lm_head", shape).to(dtype).to(device)
-        elif config.tied:
-            head = shard_head(self._embedding, group.rank, group.size)
+        weights, self._image = TorchLayout(config, dtype, max_len).load(source)
+        placed = {}
+        for name, tensor in weights:
+            if name == "lm_head" and group is not None:
+                placed[name] = shard_head(tensor, group.rank, group.size).to(device)
+            else:
+                placed[name] = tensor.to(device)
+        self._embedding, self._final_norm = placed["embedding"], placed["final_norm"]
+        self._cosines, self._sines = placed["cosines"], placed["sines"]
+        if config.tied and group is not None:
+            self._lm_head = shard_head(self._embedding, group.rank, group.size)
         else:
-            head = shard_head(checked(source, "lm_head", shape), group.rank, group.size).to(dtype).to(device)
-        self._lm_head = head
+            self._lm_head = placed.get("lm_head", self._embedding)
+        names = [field.name for field in fields(_Layer)]
         self._layers = [
-            _Layer(
-                **{name: tensor.to(device) for name, tensor in layer_weights(source, index, dtype).items()}
-            )
+            _Layer(**{name: placed[key] for name in names if (key := f"layers.{index}.{name}") in placed})
             for index in range(config.layers)
         ]
-        cosines, sines = rotary(source, max_len)
-        self._cosines, self._sines = cosines.to(device), sines.to(device)
+        if self._image is not None and device.type != "cpu":  # all of it is on the device now
+            self._image.close()
         self._hidden = torch.zeros(0, config.hidden, dtype=dtype, device=device)
 
     @torch.inference_mode()
@@ -204,7 +207,10 @@ class TorchLlama:
         return logits
 
     def close(self) -> None:
-        """Nothing to end: memory goes with the object."""
+        """Lets the node's copy of the weights go, where they lie there. No step may run."""
+        self._layers.clear()
+        if self._image is not None:
+            self._image.close()
 
     def _index(self, values: np.typing.NDArray[np.integer[Any]]) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, torch.int64)

@@ -175,7 +175,8 @@ class Lifecycle:
         self._on_model(model)
         metrics.LOADS.labels("ok").inc()
         metrics.LOAD_SECONDS.set(seconds)
-        log.info("loaded %s in %.2f s: %d blocks", spec.revision, seconds, model.num_blocks)
+        model.start.observe()
+        log.info("loaded %s in %.2f s: %d blocks (%s)", spec.revision, seconds, model.num_blocks, model.start)
         self._to(State.READY)
         return model
 

@@ -7,18 +7,21 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowserve.engine.types import Role, StepEvent
 from flowserve.executor.interface import QUANTIZATIONS
+from flowserve.shell.start import Start, process_age, start_of
 from kvtransfer.pool import available_memory
 
 if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
     from flowserve.engine.engine import Engine
     from flowserve.executor.interface import Executor
+    from flowserve.models.weight_cache import WeightCache
     from flowserve.rtc import RTC
     from flowserve.rtc.disk import DiskTier
     from flowserve.shell.handover import Handover
@@ -61,6 +64,7 @@ class LoadSpec:
     max_model_len: int = 0  # 0 = the model's own
     tensor_parallel: int = 0  # 0 = the executor's own degree; another than that is refused
     quantization: str = ""
+    decided_unix: float = field(default=0.0, compare=False)  # when it was decided; 0 = not told
 
     def check(self) -> None:
         """Raises LoadFailed for what cannot be loaded anywhere."""
@@ -92,6 +96,7 @@ class Model:
     cache: RTC
     engine: Engine
     store: BlockStore
+    start: Start
     load_seconds: float = 0.0
 
     @property
@@ -129,6 +134,8 @@ class Loader:
         self._on_event = on_event
         self._lock = threading.Lock()
         self._preloaded = False
+        self._ready_age = 0.0  # of the process when its libraries were ready, seconds
+        self._weights: WeightCache | None = None
 
     def preload(self) -> None:
         """Imports the libraries, readies the device. Blocks; repeatable, from any thread.
@@ -148,12 +155,15 @@ class Loader:
 
             torch.set_num_threads(self._settings.threads)
             open_device(self._settings.device)  # its driver is up, or this process is of no use
+            self._weights = self._weight_cache()
+            self._ready_age = process_age()
             gc.collect()
             gc.freeze()  # what was imported is never garbage: collections need not look at it again
             self._preloaded = True
 
     def __call__(self, spec: LoadSpec, role: Role) -> Model:
         """Loads and starts. Raises LoadFailed; other errors are the loader's own."""
+        asked, cold = time.time(), not self._preloaded
         spec.check()
         self.preload()
         from flowserve.engine.config import EngineConfig
@@ -180,7 +190,9 @@ class Loader:
                 threads=settings.threads,
                 quantization=spec.quantization,
                 tensor_parallel=settings.tensor_parallel,
+                weights=self._weights,
             )
+            opened = time.perf_counter()
         except FileNotFoundError as error:
             raise LoadFailed(LoadReason.NOT_FOUND, str(error)) from error
         except (MemoryError, PoolError) as error:
@@ -202,10 +214,34 @@ class Loader:
             executor, cache, config, handover=self._handover, exchange=self._handover, on_event=self._on_event
         )
         engine.set_role(role)
+        executor.warm_up()
         engine.start()
         gc.collect()
         gc.freeze()
-        return Model(spec, executor, cache, engine, executor.store)
+        opening = executor.opening
+        start = start_of(
+            cold=cold,
+            in_node_memory=opening.in_node_memory,
+            decided_unix=spec.decided_unix,
+            asked_unix=asked,
+            ready_age=self._ready_age,
+            load=opening.weights_seconds,
+            post_load=opening.pool_seconds + time.perf_counter() - opened,
+        )
+        return Model(spec, executor, cache, engine, executor.store, start)
+
+    def _weight_cache(self) -> WeightCache | None:
+        """None where there is none, or where its folder cannot be used: weights are this process's alone."""
+        from flowserve.models.weight_cache import WeightCache
+
+        settings = self._settings
+        if settings.weights_dir is None:
+            return None
+        try:
+            return WeightCache(settings.weights_dir, settings.weights_bytes)
+        except OSError as error:
+            log.error("no weight cache: %s", error)
+            return None
 
     def _disk_tier(self, store: BlockStore) -> DiskTier | None:
         """None where there is none, or where its folder cannot be used any more: serving goes on."""

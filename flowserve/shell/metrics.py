@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import Counter, Enum, Gauge, Info, start_http_server
+from prometheus_client import Counter, Enum, Gauge, Histogram, Info, start_http_server
 
 TASKS = Counter(
     "deepflow_te_tasks",
@@ -35,6 +35,12 @@ LOADS = Counter("deepflow_te_model_loads", "Model loads by outcome.", ("outcome"
 LOAD_SECONDS = Gauge("deepflow_te_model_load_seconds", "Seconds the last successful load took.")
 START_SECONDS = Gauge(
     "deepflow_te_start_seconds", "Seconds from the process's start until a stage was reached.", ("stage",)
+)
+ACTUATION = Histogram(
+    "deepflow_te_actuation_seconds",
+    "Steps of a start, by phase and by path (cold, warm, hot, fork).",
+    ("phase", "path"),
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
 REGISTRY_ERRORS = Counter("deepflow_te_registry_errors", "Failed writes to the registry.")
 REGISTRY_CONNECTED = Gauge("deepflow_te_registry_connected", "1 while the last write went through.")

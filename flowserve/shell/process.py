@@ -37,6 +37,7 @@ from flowserve.shell.loading import Loader, Model
 from flowserve.shell.registry import Registry
 from flowserve.shell.service import Identity, TaskExecutorService
 from flowserve.shell.settings import Endpoint, Settings
+from flowserve.shell.start import process_age
 from flowserve.shell.streams import Streams
 from kvtransfer.auth import PROTOCOL_VERSION, TokenAuth
 from kvtransfer.channel import SERVER_OPTIONS, add_port
@@ -192,6 +193,10 @@ class TaskExecutorProcess:
             record.max_model_len = model.max_model_len
             record.dtype = model.dtype
             record.quantization = model.spec.quantization
+            record.start_path = model.start.path
+            record.ready_unix_ms = int(model.start.ready_unix * 1000)
+            for phase, seconds in model.start.seconds.items():
+                record.start_phases.add(phase=phase, seconds=seconds)
         return record
 
     # -- life ------------------------------------------------------------------------------------
@@ -415,16 +420,6 @@ def remove_dead_sockets(folder: Path) -> int:
                 removed += 1
     metrics.STALE_SOCKETS.inc(removed)
     return removed
-
-
-def process_age() -> float:
-    """Seconds since the operating system started this process; 0.0 where it does not tell."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        up = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): starttime
 
 
 def main(settings: Settings) -> NoReturn:

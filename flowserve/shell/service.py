@@ -266,6 +266,7 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             max_model_len=request.max_model_len,
             tensor_parallel=request.tensor_parallel,
             quantization=request.quantization,
+            decided_unix=request.decided_unix_ms / 1000,
         )
         try:
             model = await self._lifecycle.load_model(spec)

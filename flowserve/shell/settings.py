@@ -66,6 +66,8 @@ class Settings:
     host_cache_bytes: int = 0
     disk_cache: Path | None = None
     disk_cache_bytes: int = 0
+    weights_dir: Path | None = None
+    weights_bytes: int = 0
     compact_call_us: float = 0.0
     block_tokens: int = 16
     max_tasks: int = 256
@@ -146,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--host-cache-bytes", type=int, default=0, help="host tier of the prefix cache")
     add("--disk-cache", type=Path, help="folder of the prefix cache's disk tier; executors may share it")
     add("--disk-cache-bytes", type=int, default=0, help="bound of that folder, of all who share it")
+    add("--weights-dir", type=Path, help="folder in memory of the node's weights, which executors share")
+    add("--weights-bytes", type=int, default=0, help="bound of that folder, of all who share it")
     add("--compact-call-us", type=float, default=0.0, help="compact KV before a transfer; cost of a call")
     add("--block-tokens", type=int, default=16)
     add("--max-tasks", type=int, default=256, help="bound of waiting and running tasks")
@@ -194,6 +198,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         raise SettingsError("--drain-seconds, --threads and --host-cache-bytes must not be negative")
     if (args.disk_cache is None) != (args.disk_cache_bytes == 0) or args.disk_cache_bytes < 0:
         raise SettingsError("--disk-cache needs a positive --disk-cache-bytes, and the other way round")
+    if (args.weights_dir is None) != (args.weights_bytes == 0) or args.weights_bytes < 0:
+        raise SettingsError("--weights-dir needs a positive --weights-bytes, and the other way round")
     if not 0 <= args.compact_call_us <= MAX_CALL_US:
         raise SettingsError(f"--compact-call-us must be between 0 and {MAX_CALL_US:.0f}")
     if args.max_running > args.max_batch_tokens:
@@ -241,6 +247,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         host_cache_bytes=args.host_cache_bytes,
         disk_cache=args.disk_cache,
         disk_cache_bytes=args.disk_cache_bytes,
+        weights_dir=args.weights_dir,
+        weights_bytes=args.weights_bytes,
         compact_call_us=args.compact_call_us,
         block_tokens=args.block_tokens,
         max_tasks=args.max_tasks,

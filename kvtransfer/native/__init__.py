@@ -26,7 +26,7 @@ FALLBACK_SLICE_BYTES = 8 << 20
 KEPT_BYTES = 32 << 20
 """The largest the GNU C library takes for the second bound; several times what a Read has in flight."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-MADV_POPULATE_READ = 22  # linux/mman.h, Linux 5.14
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # linux/mman.h, Linux 5.14
 
 Pieces = npt.NDArray[np.int64]
 """Rows of (source offset, target offset, bytes)."""
@@ -122,12 +122,21 @@ def populate_read(mapping: memoryview) -> None:
         return
     start = view.ctypes.data
     first = start - start % mmap.PAGESIZE
-    libc = ctypes.CDLL(None, use_errno=True)
-    advised = libc.madvise(
-        ctypes.c_void_p(first), ctypes.c_size_t(start - first + len(view)), MADV_POPULATE_READ
-    )
-    if advised != 0:
+    if not _advise(first, start - first + len(view), MADV_POPULATE_READ):
         view[:: mmap.PAGESIZE].sum(dtype=np.int64)
+
+
+def populate_write(mapping: memoryview) -> bool:
+    """Takes and maps every page of writable memory, whatever is written to it meanwhile; its content stays.
+    Blocks. False where the kernel cannot, or has not the memory: writes then fault page by page."""
+    view = np.frombuffer(mapping, np.uint8)
+    first = view.ctypes.data - view.ctypes.data % mmap.PAGESIZE
+    return _advise(first, view.ctypes.data - first + len(view), MADV_POPULATE_WRITE)
+
+
+def _advise(address: int, size: int, advice: int) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0)
 
 
 @functools.cache

@@ -88,12 +88,13 @@ def rounded_inputs() -> Iterator[None]:
         yield
 
 
-def kept(matrix: torch.Tensor, form: int) -> torch.Tensor:
+def packed_and_back(matrix: torch.Tensor, form: int) -> torch.Tensor:
     """The matrix as the compiled step keeps it in a format."""
     rows, width = matrix.shape
-    packed = native.PackedWeights(native.PackedWeights.bytes_for(form, rows, width))
-    values = packed.unpacked(form, packed.add(form, matrix), rows, width)
-    packed.release()
+    memory = native.PrivateMemory(native.packed_bytes(form, rows, width))
+    native.pack(form, memory.base, matrix)
+    values = native.unpack(form, memory.base, rows, width)
+    memory.close()
     return values
 
 
@@ -114,8 +115,8 @@ class Pair:
         self.torch = TorchLlama(source, dtype=torch.float32, device=torch.device("cpu"), max_len=MAX_LEN)
         for layer in self.torch._layers:  # the same rounded weights, multiplied in float32
             for name in ("qkv", "output", "gate_up", "down"):
-                setattr(layer, name, kept(getattr(layer, name), self.native.weights_format))
-        self.torch._lm_head = kept(self.torch._lm_head, self.native.head_format)
+                setattr(layer, name, packed_and_back(getattr(layer, name), self.native.layout.layers_format))
+        self.torch._lm_head = packed_and_back(self.torch._lm_head, self.native.layout.head_format)
         if source.config.tied:
             self.torch._embedding = self.torch._lm_head
         else:

@@ -15,6 +15,8 @@ import torch
 
 from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.config import ModelConfig
+from flowserve.models.layout import LINE, Layout, copy_to
+from flowserve.models.weight_cache import CachedSource, Image
 from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
 
 VERSION = 4
@@ -155,52 +157,106 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, block_tokens: int) 
         raise NativeUnavailable(f"the compiled step does not cover {', '.join(refused)}")
 
 
-class PackedWeights:
-    """One stretch of memory for all matrices of a model, in the step's own layout (`panels.h`)."""
+class PrivateMemory:
+    """Weights of this process alone: `size` zeroed bytes, in large pages where the system gives them."""
 
     def __init__(self, size: int) -> None:
+        """Raises MemoryError."""
         self._library = library()
         self.size = size
-        self._base: int | None = self._library.df_allocate(size)
-        if self._base is None:
+        base: int | None = self._library.df_allocate(size)
+        if base is None:
             raise MemoryError(f"no memory for {size} bytes of weights")
-        self._used = 0
+        self.base = base
 
-    @staticmethod
-    def bytes_for(form: int, rows: int, width: int) -> int:
-        """Bytes of a packed matrix, rounded up to whole cache lines."""
-        return -(-int(library().df_packed_bytes(form, rows, width)) // 64) * 64
-
-    def add(self, form: int, *matrices: torch.Tensor) -> int:
-        """Packs equally shaped `[rows, width]` matrices, panels alternating; returns the address."""
-        if self._base is None:
-            raise RuntimeError("released")
-        rows, width = matrices[0].shape
-        size = len(matrices) * self.bytes_for(form, rows, width)
-        if self._used + size > self.size:
-            raise RuntimeError("more weights than were announced")
-        address = self._base + self._used
-        for index, matrix in enumerate(matrices):
-            data = matrix.contiguous()
-            is_bf16 = int(data.dtype == torch.bfloat16)
-            self._library.df_pack(
-                form, data.data_ptr(), is_bf16, rows, width, index, len(matrices), ctypes.c_void_p(address)
-            )
-        self._used += size
-        return address
-
-    def unpacked(self, form: int, address: int, rows: int, width: int) -> torch.Tensor:
-        """What the step multiplies with, float32 `[rows, width]`."""
-        out = torch.empty(rows, width)
-        for row in range(rows):
-            self._library.df_unpack(form, ctypes.c_void_p(address), width, row, out[row].data_ptr())
-        return out
-
-    def release(self) -> None:
+    def close(self) -> None:
         """Gives the memory back; idempotent."""
-        if self._base is not None:
-            self._library.df_release(self._base, self.size)
-            self._base = None
+        if self.base:
+            self._library.df_release(self.base, self.size)
+            self.base = 0
+
+
+def packed_bytes(form: int, rows: int, width: int) -> int:
+    """Bytes of a packed matrix (`panels.h`), rounded up to whole cache lines."""
+    return -(-int(library().df_packed_bytes(form, rows, width)) // LINE) * LINE
+
+
+def pack(form: int, address: int, *matrices: torch.Tensor) -> None:
+    """Packs equally shaped `[rows, width]` matrices, panels alternating, to zeroed memory at `address`."""
+    rows, width = matrices[0].shape
+    for index, matrix in enumerate(matrices):
+        data = matrix.contiguous()
+        is_bf16 = int(data.dtype == torch.bfloat16)
+        library().df_pack(
+            form, data.data_ptr(), is_bf16, rows, width, index, len(matrices), ctypes.c_void_p(address)
+        )
+
+
+def unpack(form: int, address: int, rows: int, width: int) -> torch.Tensor:
+    """What the step multiplies with, float32 `[rows, width]`."""
+    out = torch.empty(rows, width)
+    for row in range(rows):
+        library().df_unpack(form, ctypes.c_void_p(address), width, row, out[row].data_ptr())
+    return out
+
+
+class PackedLayout(Layout):
+    """The compiled step's weights, packed. `fill` writes what `_Layer` and `_Model` point to."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, max_len: int, formats: tuple[int, int]
+    ) -> None:
+        """`formats` of layers and head."""
+        super().__init__()
+        self.config, self.dtype, self.max_len = config, dtype, max_len
+        self.layers_format, self.head_format = formats
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        hidden, wide = config.hidden, config.intermediate
+        for index in range(config.layers):
+            layer = f"layers.{index}."
+            self.add(layer + "qkv", packed_bytes(formats[0], q + 2 * kv, hidden))
+            self.add(layer + "output", packed_bytes(formats[0], hidden, q))
+            self.add(layer + "gate_up", 2 * packed_bytes(formats[0], wide, hidden))
+            self.add(layer + "down", packed_bytes(formats[0], hidden, wide))
+            for name in ("attention_norm", "ffn_norm"):
+                self.add(layer + name, 4 * hidden)
+            if config.qkv_bias:
+                self.add(layer + "qkv_bias", 4 * (q + 2 * kv))
+            for name in ("q_norm", "k_norm") if config.qk_norm else ():
+                self.add(layer + name, 4 * config.head_dim)
+        self.add("final_norm", 4 * hidden)
+        for name in ("cosines", "sines"):
+            self.add(name, 4 * max_len * (config.head_dim // 2))
+        if not config.tied:
+            self.add("embedding", dtype.itemsize * config.vocab_size * hidden)
+        self.add("lm_head", packed_bytes(formats[1], config.vocab_size, hidden))
+
+    @property
+    def form(self) -> str:
+        """Names the bytes: two layouts of a model with the same name are the same."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"cpu{VERSION}-{self.layers_format}-{self.head_format}-{kind}-{self.max_len}"
+
+    def fill(self, base: int, source: WeightSource) -> None:
+        """Writes every weight to zeroed memory at `base`. Raises BadWeights."""
+        config = self.config
+        read_as = torch.float32 if self.layers_format in (_INT8, _INT4) else self.dtype
+        for index in range(config.layers):
+            for name, tensor in layer_weights(source, index, read_as).items():
+                address = base + self.offsets[f"layers.{index}.{name}"]
+                if tensor.ndim == 1:
+                    copy_to(address, tensor)
+                else:
+                    pack(self.layers_format, address, *(tensor.chunk(2) if name == "gate_up" else (tensor,)))
+        copy_to(base + self.offsets["final_norm"], checked(source, "final_norm", (config.hidden,)).float())
+        for name, table in zip(("cosines", "sines"), rotary(source, self.max_len), strict=True):
+            copy_to(base + self.offsets[name], table)
+        shape = (config.vocab_size, config.hidden)
+        head = embedding = checked(source, "embedding", shape)
+        if not config.tied:
+            copy_to(base + self.offsets["embedding"], embedding.to(self.dtype))
+            head = checked(source, "lm_head", shape)
+        pack(self.head_format, base + self.offsets["lm_head"], head.to(read_as))
 
 
 class NativeLlama:
@@ -221,20 +277,23 @@ class NativeLlama:
         check_supported(config, dtype, block_tokens)
         self._library = library()
         self._handle: int | None = None
-        self._kept: list[torch.Tensor] = []
         self._tokens = 0  # of the last step
         self.config = config
         self._vocab = -(-config.vocab_size // COLUMNS) * COLUMNS
         bf16 = int(dtype == torch.bfloat16)
-        self.weights_format, self.head_format = _FORMATS[quantization] if quantization else (bf16, bf16)
-        read_as = torch.float32 if quantization else dtype
-        self._packed = PackedWeights(self._packed_size())
+        formats = _FORMATS[quantization] if quantization else (bf16, bf16)
+        self.layout = layout = PackedLayout(config, dtype, max_len, formats)
+        self._weights = weights = self._held(source)
         try:
-            layers = self._pack_layers(source, read_as)
-            shape = (config.vocab_size, config.hidden)
-            embedding = checked(source, "embedding", shape)
-            head = embedding if config.tied else checked(source, "lm_head", shape)
-            cosines, sines = rotary(source, max_len)
+
+            def at(name: str) -> int | None:
+                offset = layout.offsets.get(name)
+                return None if offset is None else weights.base + offset
+
+            layers = (_Layer * config.layers)()
+            for index in range(config.layers):
+                for name, *_ in _Layer._fields_:
+                    setattr(layers[index], name, at(f"layers.{index}.{name}"))
             description = _Model(
                 config.layers,
                 config.hidden,
@@ -244,61 +303,36 @@ class NativeLlama:
                 config.head_dim,
                 self._vocab,
                 block_tokens,
-                self.weights_format,
-                self.head_format,
+                *formats,
                 bf16,
                 bf16,
                 threads,
                 int(config.tied),
                 config.norm_epsilon,
-                self._keep(checked(source, "final_norm", (config.hidden,)).float()),
-                self._keep(cosines),
-                self._keep(sines),
-                None if config.tied else self._keep(embedding.to(dtype)),
-                self._packed.add(self.head_format, head.to(read_as)),
+                *(at(name) for name in ("final_norm", "cosines", "sines", "embedding", "lm_head")),
                 layers,
             )
+            self._layers = layers
+            self._handle = self._library.df_model_new(ctypes.byref(description), instructions())
         except BaseException:
-            self._packed.release()
+            weights.close()
             raise
-        self._layers = layers
-        self._handle = self._library.df_model_new(ctypes.byref(description), instructions())
 
-    def _packed_size(self) -> int:
-        config = self.config
-        attention = config.heads * config.head_dim
-        shapes = [
-            (attention + 2 * config.kv_heads * config.head_dim, config.hidden),
-            (config.hidden, attention),
-            (config.intermediate, config.hidden),
-            (config.intermediate, config.hidden),
-            (config.hidden, config.intermediate),
-        ]
-        layer = sum(PackedWeights.bytes_for(self.weights_format, *shape) for shape in shapes)
-        head = PackedWeights.bytes_for(self.head_format, config.vocab_size, config.hidden)
-        return config.layers * layer + head
-
-    def _pack_layers(self, source: WeightSource, dtype: torch.dtype) -> ctypes.Array[_Layer]:
-        layers = (_Layer * self.config.layers)()
-        for index in range(self.config.layers):
-            for name, tensor in layer_weights(source, index, dtype).items():
-                if name == "gate_up":
-                    address = self._packed.add(self.weights_format, *tensor.chunk(2))
-                elif tensor.ndim == 2:
-                    address = self._packed.add(self.weights_format, tensor)
-                else:
-                    address = self._keep(tensor)
-                setattr(layers[index], name, address)
-        return layers
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of packed weights: what a decode step reads."""
-        return self._packed.size
-
-    def _keep(self, tensor: torch.Tensor) -> int:
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
+    def _held(self, source: WeightSource) -> PrivateMemory | Image:
+        """The weights: the node's copy of them where the source knows a cache, else our own."""
+        if isinstance(source, CachedSource):
+            image = source.image(
+                self.layout.form, self.layout.size, lambda base: self.layout.fill(base, source)
+            )
+            if image is not None:
+                return image
+        memory = PrivateMemory(self.layout.size)
+        try:
+            self.layout.fill(memory.base, source)
+        except BaseException:
+            memory.close()
+            raise
+        return memory
 
     def forward(self, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
         """Float32 logits [rows, vocab]; KV goes into `pages`, which have the dtype given at construction.
@@ -345,5 +379,4 @@ class NativeLlama:
         if self._handle is not None:
             self._library.df_model_free(self._handle)
             self._handle = None
-            self._packed.release()
-            self._kept.clear()
+            self._weights.close()

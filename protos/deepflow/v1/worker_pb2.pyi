@@ -557,6 +557,7 @@ class LoadModelRequest(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    DECIDED_UNIX_MS_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     path: _builtins.str
     """a GGUF file, or a folder with config.json and safetensors"""
@@ -569,6 +570,8 @@ class LoadModelRequest(_message.Message):
     """ranks; 0 = as many as the executor has, another number than that is refused"""
     quantization: _builtins.str
     """"" | "int8" | "int4"; part of what model_revision names, as its KV differs"""
+    decided_unix_ms: _builtins.int
+    """when it was decided that this executor serves the model; 0 = not told"""
     def __init__(
         self,
         *,
@@ -579,10 +582,11 @@ class LoadModelRequest(_message.Message):
         max_model_len: _builtins.int = ...,
         tensor_parallel: _builtins.int = ...,
         quantization: _builtins.str = ...,
+        decided_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model_revision", b"model_revision", "path", b"path", "quantization", b"quantization", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided_unix_ms", b"decided_unix_ms", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model_revision", b"model_revision", "path", b"path", "quantization", b"quantization", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -788,6 +792,9 @@ class ExecutorRecord(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     TASKS_ADDRESS_FIELD_NUMBER: _builtins.int
+    START_PATH_FIELD_NUMBER: _builtins.int
+    START_PHASES_FIELD_NUMBER: _builtins.int
+    READY_UNIX_MS_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -816,6 +823,14 @@ class ExecutorRecord(_message.Message):
     """of the weights; "" = none"""
     tasks_address: _builtins.str
     """host:port of the Tasks stream over a plain connection; "" = gRPC only"""
+    start_path: _builtins.str
+    """"cold" | "warm" | "hot" | "fork"; "" while no model is loaded"""
+    ready_unix_ms: _builtins.int
+    """when the loaded model could take tasks"""
+    @_builtins.property
+    def start_phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartPhase]:
+        """of the loaded model, in order"""
+
     def __init__(
         self,
         *,
@@ -841,11 +856,38 @@ class ExecutorRecord(_message.Message):
         message: _builtins.str = ...,
         quantization: _builtins.str = ...,
         tasks_address: _builtins.str = ...,
+        start_path: _builtins.str = ...,
+        start_phases: _abc.Iterable[Global___StartPhase] | None = ...,
+        ready_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "role", b"role", "role_epoch", b"role_epoch", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecutorRecord: _TypeAlias = ExecutorRecord  # noqa: Y015
+
+@_typing.final
+class StartPhase(_message.Message):
+    """One step of a start (flowserve/shell/start.py says from where to where each goes)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    phase: _builtins.str
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        phase: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phase", b"phase", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartPhase: _TypeAlias = StartPhase  # noqa: Y015

@@ -70,6 +70,8 @@ async def main() -> None:
         "tensor-parallel",
         "threads",
         "shm-dir",
+        "weights-dir",
+        "weights-bytes",
     ):
         parser.add_argument(f"--{name}", required=True)
     arguments = parser.parse_args()

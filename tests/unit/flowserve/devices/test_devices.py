@@ -19,6 +19,7 @@ from flowserve.devices.native import library as native
 from flowserve.models.config import ModelConfig
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import HostPool, PoolError
+from tests.support.compiled_step import packed_and_back
 
 LAYOUT = KVLayout(model_revision="m@1", dtype="float32", block_tokens=4, layers=2, kv_heads=3, head_dim=8)
 
@@ -219,20 +220,18 @@ def test_a_packed_matrix_is_the_matrix(form: int, width: int, error: float) -> N
     """Rows that fill no panel, and two matrices whose panels alternate."""
     generator = torch.Generator().manual_seed(3)
     single, left, right = (torch.rand(20, width, generator=generator) * 2 - 1 for _ in range(3))
-    size = native.PackedWeights.bytes_for(form, 20, width)
-    packed = native.PackedWeights(3 * size)
-    assert (packed.unpacked(form, packed.add(form, single), 20, width) - single).abs().max() <= error
-    both = packed.unpacked(form, packed.add(form, left, right), 64, width).view(2, 2, 16, width)
+    memory = native.PrivateMemory(3 * native.packed_bytes(form, 20, width))
+    native.pack(form, memory.base, single)
+    assert (native.unpack(form, memory.base, 20, width) - single).abs().max() <= error
+    pair = memory.base + native.packed_bytes(form, 20, width)
+    native.pack(form, pair, left, right)
+    both = native.unpack(form, pair, 64, width).view(2, 2, 16, width)
     for index, matrix in enumerate((left, right)):
         found = both[:, index].reshape(32, width)
         assert (found[:20] - matrix).abs().max() <= error
         assert not found[20:].any()
-    with pytest.raises(RuntimeError, match="more weights"):
-        packed.add(form, single)
-    packed.release()
-    packed.release()
-    with pytest.raises(RuntimeError, match="released"):
-        packed.add(form, single)
+    memory.close()
+    memory.close()
 
 
 @pytest.mark.parametrize(("kind", "form"), [("Q8_0", native._INT8), ("Q4_1", native._INT4)])
@@ -241,8 +240,6 @@ def test_a_gguf_files_own_blocks_are_kept_exactly(kind: str, form: int) -> None:
     matrix = generator.standard_normal((32, 256)).astype(np.float32)
     quantized = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
     values = torch.from_numpy(gguf.dequantize(quantized, gguf.GGMLQuantizationType[kind]))
-    packed = native.PackedWeights(native.PackedWeights.bytes_for(form, 32, 256))
-    kept = packed.unpacked(form, packed.add(form, values), 32, 256)
+    kept = packed_and_back(values, form)
     # The stored numbers are the same; q * scale + minimum may be rounded once or twice.
     assert torch.allclose(kept, values, rtol=0, atol=1e-6)
-    packed.release()

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from flowserve.engine.types import ErrorCode, LoadReport, Role
 from flowserve.shell.lifecycle import Lifecycle, Refusal, Refused, State
 from flowserve.shell.loading import LoadFailed, LoadReason, LoadSpec
+from flowserve.shell.start import Start
 
 SPEC = LoadSpec("model@1", "/nowhere/model.gguf")
 OTHER = LoadSpec("other@1", "/nowhere/other.gguf")
@@ -38,6 +39,7 @@ class FakeModel:
     engine: Engine = field(default_factory=Engine)
     num_blocks: int = 10
     load_seconds: float = 0.0
+    start: Start = field(default_factory=lambda: Start("warm", {"te_load": 0.1}, 1.0))
     closed: bool = False
 
     def close(self) -> bool:

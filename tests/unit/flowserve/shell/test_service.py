@@ -36,6 +36,7 @@ from flowserve.shell import health, service
 from flowserve.shell.lifecycle import Lifecycle, State
 from flowserve.shell.loading import LoadFailed, LoadReason, LoadSpec
 from flowserve.shell.service import Identity, TaskExecutorService
+from flowserve.shell.start import Start
 from flowserve.shell.streams import Streams
 from kvtransfer.auth import TokenAuth, call_metadata
 
@@ -91,6 +92,7 @@ class FakeModel:
         self.engine = Engine()
         self.num_blocks, self.block_tokens, self.max_model_len = 10, 16, 100
         self.load_seconds = 0.0
+        self.start = Start("warm", {"te_load": 0.1}, 1.0)
 
 
 class Shell:
