@@ -44,6 +44,7 @@ class Member:
         self.load: common_pb2.LoadReport | None = None
         self.load_at = 0.0
         self.listed = True  # in the registry at its last read
+        self._routed = ""  # the model whose start was told
         self._unreported: dict[tuple[str, int], Unreported] = {}
 
     @property
@@ -65,6 +66,16 @@ class Member:
     @property
     def serves(self) -> bool:
         return self.ready and not self.draining and self.channel.usable
+
+    def reached(self, now_unix: float, since_unix: float) -> float | None:
+        """Seconds from the executor's readiness until it can be sent tasks, once for each start, if that is
+        now and its start was later than `since_unix` (Scaler-Post of DeepServe's five steps). Clocks of two
+        hosts may differ: what lies ahead of us counts as now."""
+        revision, ready = self.record.model_revision, self.record.ready_unix_ms / 1000
+        if not self.serves or not revision or self._routed == revision or ready < since_unix:
+            return None
+        self._routed = revision
+        return max(0.0, now_unix - ready)
 
     def submitted(self, key: tuple[str, int], unreported: Unreported) -> None:
         self._unreported[key] = unreported
@@ -142,6 +153,12 @@ class Member:
             "max_tasks": record.max_tasks,
             "metrics_url": record.metrics_url,
             "started_at": record.started_unix_ms / 1000,
+            "start": {
+                "path": record.start_path,
+                "seconds": {phase.phase: round(phase.seconds, 4) for phase in record.start_phases},
+            }
+            if record.start_path
+            else None,
             "registered": self.listed,
             "link": str(self.channel.link),
             "link_error": self.channel.last_error or None,

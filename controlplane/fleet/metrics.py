@@ -35,5 +35,11 @@ PREFIX_BLOCKS = Gauge(
 )
 PREFIX_GAPS = Counter("deepflow_fleet_prefix_gaps_total", "Cache events that showed a gap.")
 CONNECT_SECONDS = Histogram("deepflow_fleet_connect_seconds", "Stream opened until welcome.")
+ACTUATION = Histogram(
+    "deepflow_fleet_actuation_seconds",
+    "Executor ready until this gateway can send it tasks, by the path of its start.",
+    ["phase", "path"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 DEMAND_WRITES = Counter("deepflow_fleet_demand_writes_total", "Reports of demand to Redis.", ["outcome"])
 DEMAND_DROPPED = Counter("deepflow_fleet_demand_dropped_total", "Demand of models beyond the bound.")

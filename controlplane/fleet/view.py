@@ -51,6 +51,7 @@ class FleetView:
         prefix_blocks: int = 262_144,
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.registry = Registry(redis, self._take_records, poll_seconds=poll_seconds)
         self._slots = Slots()
@@ -60,6 +61,8 @@ class FleetView:
         self._settings = settings
         self._eager = eager
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._began = wall_clock()
         self._members: dict[str, Member] = {}
         self._policy = policy or Policy()
         self._columns: dict[str, Columns] = {}  # per model revision; "" = warm
@@ -198,6 +201,7 @@ class FleetView:
             known.record = record
             if changed:
                 self._stale.add(te_id)
+                self._reached(known)
                 self.on_change()
 
     def _add(self, record: ExecutorRecord) -> None:
@@ -280,7 +284,15 @@ class FleetView:
             member.lost()
             self.prefixes.drop(channel.te_id)
             self.registry.look()  # a new incarnation may be registered already
+        self._reached(member)
         self.on_change()
+
+    def _reached(self, member: Member) -> None:
+        seconds = member.reached(self._wall_clock(), self._began)
+        if seconds is not None:
+            path = member.record.start_path or "cold"
+            metrics.ACTUATION.labels("scaler_post", path).observe(seconds)
+            log.info("executor %s can be sent to %.3f s after it was ready", member.record.te_id, seconds)
 
     async def _count(self) -> None:
         while True:

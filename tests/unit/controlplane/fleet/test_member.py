@@ -89,3 +89,22 @@ def test_a_lost_link_forgets_load_and_submits() -> None:
     te.lost()
     assert te.view(1.0).tasks == 0
     assert te.to_json(0.0)["load"] is None
+
+
+def test_when_it_can_be_sent_to_is_told_once_a_start() -> None:
+    te = member(ready_unix_ms=100_000, state=worker_pb2.EXECUTOR_STATE_LOADING, start_path="hot")
+    assert te.reached(100.5, since_unix=50.0) is None  # it loads
+    te.record.state = worker_pb2.EXECUTOR_STATE_READY
+    assert te.reached(100.5, since_unix=150.0) is None  # ready before this gateway was there
+    assert te.reached(100.5, since_unix=50.0) == 0.5
+    assert te.reached(101.0, since_unix=50.0) is None
+    te.record.model_revision, te.record.ready_unix_ms = "n@1", 102_000
+    assert te.reached(101.9, since_unix=50.0) == 0.0  # its clock is ahead
+
+
+def test_how_it_started_is_shown() -> None:
+    phases = [worker_pb2.StartPhase(phase="te_load", seconds=0.12345)]
+    assert member(start_path="hot", start_phases=phases).to_json(0.0)["start"] == {
+        "path": "hot", "seconds": {"te_load": 0.1235},
+    }  # fmt: skip
+    assert member().to_json(0.0)["start"] is None
