@@ -97,6 +97,12 @@ def up(
                      help="Executors that each role may have while the load is worth them; 0: those of the "
                      "topology."),
     ] = 0,
+    template: Annotated[
+        bool,
+        typer.Option("--template/--no-template",
+                     help="Whether executors on the CPU are forked from one process that has everything "
+                     "imported."),
+    ] = True,
     redis_url: Annotated[
         str | None,
         typer.Option(envvar="REDIS_URL", show_default=False,
@@ -137,6 +143,7 @@ def up(
         threads=threads,
         role_control=role_control,
         autoscale=autoscale,
+        template=template,
         redis_url=redis_url or None,
         start_timeout=timeout,
     )

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,8 @@ BACKOFF_CAP_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
 LOG_BYTES = 16 << 20  # per log file; one older file is kept
 KILL_WAIT_SECONDS = 5.0
+LOST_EXIT_CODE = 255
+"""Of a process whose end nobody can be asked about (asyncio's own number for it)."""
 LAUNCHER = Path(__file__).with_name("launch.py")
 
 
@@ -37,7 +39,7 @@ class ChildSpec:
     """What to run and how to end it."""
 
     name: str
-    kind: str  # "valkey" | "executor" | "gateway"
+    kind: str  # "valkey" | "executor" | "gateway" | "template"
     command: tuple[str, ...]
     env: Mapping[str, str]
     log: Path
@@ -45,6 +47,39 @@ class ChildSpec:
     orphan_signal: signal.Signals = signal.SIGKILL  # what the child gets when the supervisor dies
     pass_fds: tuple[int, ...] = ()
     before_start: Callable[[], None] = field(default=lambda: None)
+    fork: Callable[[ChildSpec], Awaitable[Forked | None]] | None = None
+    """Another way to the same process, tried first; None where it cannot be had now."""
+
+
+class Forked:
+    """A process that became our child when its parent ended (we are its sub-reaper): what
+    `asyncio.subprocess.Process` is for one that we started."""
+
+    def __init__(self, pid: int, command: tuple[str, ...]) -> None:
+        """`command` is what its command line shows. Raises OSError."""
+        self.pid, self.command = pid, command
+        self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._fd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._fd, self._ended)
+
+    def _ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._fd)
+        os.close(self._fd)
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        except ChildProcessError:  # it never became our child
+            code = LOST_EXIT_CODE
+        self._code.set_result(code)
+
+    async def wait(self) -> int:
+        """The exit code; minus the signal's number of one that was killed."""
+        return await asyncio.shield(self._code)
+
+    def terminate(self) -> None:
+        """SIGTERM. Raises ProcessLookupError."""
+        if self._code.done():
+            raise ProcessLookupError(self.pid)
+        os.kill(self.pid, signal.SIGTERM)
 
 
 class Child:
@@ -56,8 +91,8 @@ class Child:
         self.restarts = 0
         self.last_exit = ""
         self.record: ProcessRecord | None = None
-        self._on_change = on_change
-        self._process: asyncio.subprocess.Process | None = None
+        self.on_change = on_change
+        self._process: asyncio.subprocess.Process | Forked | None = None
         self._failures = 0
         self._stopping = asyncio.Event()
 
@@ -89,23 +124,17 @@ class Child:
     async def _run_once(self) -> str:
         """Starts the process and waits for its end; returns how it ended."""
         spec = self.spec
+        forked = None
         try:
             spec.before_start()
-            # Append mode: truncating the file for rotation is safe while the child writes.
-            with spec.log.open("ab") as output:
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-I", "-S", str(LAUNCHER)),
-                    *(str(int(spec.orphan_signal)), str(os.getpid()), *spec.command),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=dict(spec.env),
-                    pass_fds=spec.pass_fds,
-                    start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
-                )
+            if spec.fork is not None:
+                forked = await spec.fork(spec)
+            self._process = forked or await self._execute()
         except OSError as error:
             return f"could not be started ({error})"
-        self.record = record(self._process.pid, spec.command)
+        self.record = record(self._process.pid, forked.command if forked is not None else spec.command)
+        if spec.kind == "executor":
+            metrics.STARTS.labels("exec" if forked is None else "fork").inc()
         if self._stopping.is_set():  # asked to stop between the decision to start and the start
             self._kill_group()
         self._set("running")
@@ -114,6 +143,22 @@ class Child:
         self._process = None
         self.record = None
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    async def _execute(self) -> asyncio.subprocess.Process:
+        """Raises OSError."""
+        spec = self.spec
+        # Append mode: truncating the file for rotation is safe while the child writes.
+        with spec.log.open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(LAUNCHER)),
+                *(str(int(spec.orphan_signal)), str(os.getpid()), *spec.command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=dict(spec.env),
+                pass_fds=spec.pass_fds,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
+            )
 
     async def stop(self) -> None:
         """SIGTERM, at most `stop_seconds`, SIGKILL; no restart. Returns when the process is gone."""
@@ -166,4 +211,4 @@ class Child:
         self.state = state
         metrics.CHILD_UP.labels(self.spec.name).set(state == "running")
         metrics.CHILD_BACKOFF.labels(self.spec.name).set(backoff)
-        self._on_change()
+        self.on_change()

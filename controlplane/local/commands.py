@@ -26,6 +26,7 @@ from kvtransfer.tls import TLS_DIR_ENV
 GATEWAY_STOP_SECONDS = 15.0
 EXECUTOR_STOP_SECONDS = 15.0
 VALKEY_STOP_SECONDS = 10.0
+TEMPLATE_STOP_SECONDS = 1.0  # it has nothing to finish
 GATEWAY_DRAIN_SECONDS = "10"  # running answers may finish so long; under GATEWAY_STOP_SECONDS
 
 # -P: the working folder is no place to import from.
@@ -59,6 +60,22 @@ def valkey_spec(paths: StatePaths) -> ChildSpec:
     )
 
 
+THREADS_ENV = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read when they are loaded
+EXECUTOR = (*PYTHON, "flowserve.shell")
+
+
+def template_spec(paths: StatePaths) -> ChildSpec:
+    return ChildSpec(
+        name="template",
+        kind="template",
+        command=(*PYTHON, "flowserve.shell.template", "--socket", str(paths.template)),
+        env={**os.environ, **dict.fromkeys(THREADS_ENV, "1"), "PYTHONUNBUFFERED": "1"},
+        log=paths.logs / "template.log",
+        stop_seconds=TEMPLATE_STOP_SECONDS,
+        before_start=lambda: paths.template.unlink(missing_ok=True),
+    )
+
+
 def executor_spec(
     settings: StackSettings, paths: StatePaths, te_id: str, role: RoleName, env: dict[str, str]
 ) -> ChildSpec:
@@ -70,12 +87,12 @@ def executor_spec(
         name=te_id,
         kind="executor",
         command=(
-            *(*PYTHON, "flowserve.shell", "--te-id", te_id, "--listen", "127.0.0.1:0"),
+            *(*EXECUTOR, "--te-id", te_id, "--listen", "127.0.0.1:0"),
             *("--endpoint-file", str(endpoint), "--role", role.value),
             *("--device", settings.device, "--tensor-parallel", str(settings.tensor_parallel)),
             *("--threads", threads, "--shm-dir", str(paths.sockets), *weights),
         ),
-        env={**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        env={**env, **dict.fromkeys(THREADS_ENV, threads)},
         log=paths.logs / f"{te_id}.log",
         stop_seconds=EXECUTOR_STOP_SECONDS,
         before_start=lambda: endpoint.unlink(missing_ok=True),

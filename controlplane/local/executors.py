@@ -150,6 +150,11 @@ class Executor:
         self.leaving_since = now
         self._wake.set()
 
+    def look(self) -> None:
+        """Its process has changed: what was known of the one before is no longer true."""
+        self._wake.set()
+        self._on_change()
+
     def set_target(self, target: ModelTarget) -> None:
         self.target = target
         self._wake.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry()
 
@@ -15,6 +15,22 @@ CHILD_RESTARTS = Counter(
 )
 CHILD_BACKOFF = Gauge(
     "deepflow_local_child_backoff_seconds", "Wait before the next start; 0 = not waiting", ["child"],
+    registry=REGISTRY,
+)  # fmt: skip
+STARTS = Counter(
+    "deepflow_local_executor_starts",
+    "Processes of executors, by how they came: `fork` of the template, `exec` of a program",
+    ["way"],
+    registry=REGISTRY,
+)
+FORK_SECONDS = Histogram(
+    "deepflow_local_fork_seconds",
+    "Asking the template until a new executor's process was there",
+    registry=REGISTRY,
+    buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+ORPHANS = Counter(
+    "deepflow_local_orphans_reaped", "Processes that children left behind and that have ended",
     registry=REGISTRY,
 )  # fmt: skip
 EXECUTOR_READY = Gauge(

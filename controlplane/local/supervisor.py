@@ -17,12 +17,13 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx
 from prometheus_client import start_http_server
 
-from controlplane.local import commands, control, metrics, valkey
+from controlplane.local import commands, control, metrics, template, valkey
 from controlplane.local.children import Child, ChildSpec
 from controlplane.local.errors import StackError
 from controlplane.local.executors import (
@@ -78,6 +79,10 @@ class Supervisor:
         self._number = 0  # of the next executor: a name never comes again
         self._roles: RoleControl | None = None
         self._scaling: LocalScaling | None = None
+        self._template: template.Template | None = None
+        self._reaper = template.Reaper(
+            lambda: {child.pid for child in self._children if child.pid is not None}
+        )
         self._revisions: dict[str, str] = {}
         self._steps: deque[str] = deque(maxlen=STEPS_KEPT)
         self._started = time.time()
@@ -140,6 +145,7 @@ class Supervisor:
 
     async def _start_steps(self, listener: socket.socket) -> None:
         settings, paths = self.settings, self.paths
+        self._start_template()
         self._redis_url = await self._start_valkey()
         env = commands.base_env(paths, self._redis_url, self._token())
         epochs = RoleEpochs(paths.role_epoch)
@@ -191,9 +197,12 @@ class Supervisor:
         te_id = f"te-{self._number}"
         self._number += 1
         controlled = settings.role_control or settings.autoscale
+        spec = commands.executor_spec(settings, paths, te_id, role, env)
+        if self._template is not None:
+            spec = replace(spec, fork=self._template.fork)
         executor = self._executors[te_id] = Executor(
             te_id,
-            child=self._add_child(commands.executor_spec(settings, paths, te_id, role, env)),
+            child=self._add_child(spec),
             endpoint_file=paths.run / f"{te_id}.json",
             role=role,
             epochs=epochs,
@@ -201,8 +210,24 @@ class Supervisor:
             on_change=self._changed,
             poll_seconds=POLL_CONTROLLED_SECONDS if controlled else POLL_READY_SECONDS,
         )
+        executor.child.on_change = executor.look
         self._own_task(executor.tend(), f"tend-{te_id}")
         return executor
+
+    def _start_template(self) -> None:
+        """Beside everything else: the first executors wait for its imports instead of making their own."""
+        settings = self.settings
+        if not settings.template or settings.device != "cpu" or settings.tensor_parallel > 1:
+            return
+        if not template.supported():
+            return
+        try:
+            template.become_subreaper()
+        except OSError as error:
+            log.warning("executors are started without a template: %s", error)
+            return
+        child = self._add_child(commands.template_spec(self.paths))
+        self._template = template.Template(self.paths.template, child, commands.EXECUTOR)
 
     async def _start_valkey(self) -> str:
         if self.settings.redis_url:
@@ -290,7 +315,7 @@ class Supervisor:
     def _check_children(self) -> None:
         """Gives up on a start in which a child keeps ending, or a model cannot be loaded."""
         for child in self._children:
-            if child.restarts >= START_ATTEMPTS:
+            if child.restarts >= START_ATTEMPTS and child.spec.kind != "template":
                 raise StackError(
                     f"{child.spec.name} {child.last_exit}, {child.restarts} times; "
                     f"the end of {child.spec.log}:\n{child.log_tail()}"
@@ -357,6 +382,7 @@ class Supervisor:
         scaled = {e.te_id for e in self._executors.values()} - {e.te_id for e in needed}
         scaled |= {e.te_id for e in needed if e.leaving_since is not None}
         whole = all(e.ready or e.te_id in scaled for e in needed)
+        scaled.add("template")  # it is done without
         running = all(c.state == "running" or c.spec.name in scaled for c in self._children)
         return "ready" if whole and running else "degraded"
 
@@ -377,6 +403,7 @@ class Supervisor:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             for child in self._children:
                 await asyncio.to_thread(child.rotate_log)
+            self._reaper.look()
             self._changed()
 
     async def _control_roles(self, roles: RoleControl) -> None:
@@ -409,7 +436,7 @@ class Supervisor:
         self._stop.set()
         self._changed()
         await _cancel(task for task in self._tasks if task.get_name().startswith(("tend-", "scaling")))
-        for kind in ("gateway", "executor", "valkey"):
+        for kind in ("gateway", "executor", "template", "valkey"):
             children = [child for child in self._children if child.spec.kind == kind]
             await asyncio.gather(*(child.stop() for child in children))
             await _cancel(self._runs[child.spec.name] for child in children)

@@ -47,7 +47,7 @@ def test_up_and_down_leave_nothing_but_data_and_logs(small_model_path: Path) -> 
     try:
         stack.up("--topology", "1P1D", "--kv-cache-bytes", "128M", "--gateways", "2")
         pids = stack.pids()
-        assert len(pids) == 6, "supervisor, Valkey, two executors, two gateways"
+        assert len(pids) == 7, "supervisor, template, Valkey, two executors, two gateways"
         assert len(pools(pids)) >= 2, "the pools are shared memory"
         again = stack.up("--topology", "1P1D")  # idempotent: it runs already
         assert again < 15

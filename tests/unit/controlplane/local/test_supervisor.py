@@ -43,7 +43,12 @@ def settings(small_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("DEEPFLOW_CLUSTER_TOKEN", raising=False)
     spec = ModelSpec(f"file://{small_model_path}", "small", parse_topology("1P1D"))
     return StackSettings(
-        state_dir=tmp_path / "state", models=(spec,), port=_free_port(), threads=1, start_timeout=60.0
+        state_dir=tmp_path / "state",
+        models=(spec,),
+        port=_free_port(),
+        threads=1,
+        start_timeout=60.0,
+        template=False,  # it would fork the real shell; test_template.py has it
     )
 
 
