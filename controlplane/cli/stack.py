@@ -99,9 +99,8 @@ def up(
     ] = 0,
     template: Annotated[
         bool,
-        typer.Option("--template/--no-template",
-                     help="Whether executors on the CPU are forked from one process that has everything "
-                     "imported."),
+        typer.Option("--template/--no-template", help="Whether executors on cpu are forks of a process that "
+                     "has their libraries loaded (Linux)."),
     ] = True,
     redis_url: Annotated[
         str | None,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from controlplane.local import metrics
 from controlplane.local.processes import ProcessRecord, record
@@ -24,8 +25,6 @@ BACKOFF_CAP_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
 LOG_BYTES = 16 << 20  # per log file; one older file is kept
 KILL_WAIT_SECONDS = 5.0
-LOST_EXIT_CODE = 255
-"""Of a process whose end nobody can be asked about (asyncio's own number for it)."""
 LAUNCHER = Path(__file__).with_name("launch.py")
 
 
@@ -39,7 +38,7 @@ class ChildSpec:
     """What to run and how to end it."""
 
     name: str
-    kind: str  # "valkey" | "executor" | "gateway" | "template"
+    kind: str  # "valkey" | "template" | "executor" | "gateway"
     command: tuple[str, ...]
     env: Mapping[str, str]
     log: Path
@@ -47,52 +46,40 @@ class ChildSpec:
     orphan_signal: signal.Signals = signal.SIGKILL  # what the child gets when the supervisor dies
     pass_fds: tuple[int, ...] = ()
     before_start: Callable[[], None] = field(default=lambda: None)
-    fork: Callable[[ChildSpec], Awaitable[Forked | None]] | None = None
-    """Another way to the same process, tried first; None where it cannot be had now."""
+    template_args: tuple[str, ...] | None = None  # of flowserve.shell, where its template may fork it
 
 
-class Forked:
-    """A process that became our child when its parent ended (we are its sub-reaper): what
-    `asyncio.subprocess.Process` is for one that we started."""
+class Process(Protocol):
+    """A running child: one that was started (asyncio's), or one that the template forked."""
 
-    def __init__(self, pid: int, command: tuple[str, ...]) -> None:
-        """`command` is what its command line shows. Raises OSError."""
-        self.pid, self.command = pid, command
-        self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._fd = os.pidfd_open(pid)
-        asyncio.get_running_loop().add_reader(self._fd, self._ended)
-
-    def _ended(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._fd)
-        os.close(self._fd)
-        try:
-            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        except ChildProcessError:  # it never became our child
-            code = LOST_EXIT_CODE
-        self._code.set_result(code)
+    @property
+    def pid(self) -> int: ...
 
     async def wait(self) -> int:
-        """The exit code; minus the signal's number of one that was killed."""
-        return await asyncio.shield(self._code)
+        """The exit code, negative for a signal."""
+        ...
 
     def terminate(self) -> None:
-        """SIGTERM. Raises ProcessLookupError."""
-        if self._code.done():
-            raise ProcessLookupError(self.pid)
-        os.kill(self.pid, signal.SIGTERM)
+        """Raises ProcessLookupError."""
+        ...
+
+
+Fork = Callable[[ChildSpec, int], Awaitable[Process | None]]
+"""Gets a child and its open log; None: to be started the ordinary way."""
 
 
 class Child:
     """Owns one process at a time. `run()` is a task of the supervisor; `on_change` is told every change."""
 
-    def __init__(self, spec: ChildSpec, on_change: Callable[[], None]) -> None:
+    def __init__(self, spec: ChildSpec, on_change: Callable[[], None], fork: Fork | None = None) -> None:
         self.spec = spec
         self.state = "stopped"  # "running" | "backoff" | "stopping" | "stopped"
         self.restarts = 0
         self.last_exit = ""
         self.record: ProcessRecord | None = None
         self.on_change = on_change
-        self._process: asyncio.subprocess.Process | Forked | None = None
+        self._fork = fork
+        self._process: Process | None = None
         self._failures = 0
         self._stopping = asyncio.Event()
 
@@ -124,17 +111,14 @@ class Child:
     async def _run_once(self) -> str:
         """Starts the process and waits for its end; returns how it ended."""
         spec = self.spec
-        forked = None
         try:
             spec.before_start()
-            if spec.fork is not None:
-                forked = await spec.fork(spec)
-            self._process = forked or await self._execute()
+            # Append mode: truncating the file for rotation is safe while the child writes.
+            with spec.log.open("ab") as output:
+                self._process = await self._start(output.fileno())
         except OSError as error:
             return f"could not be started ({error})"
-        self.record = record(self._process.pid, forked.command if forked is not None else spec.command)
-        if spec.kind == "executor":
-            metrics.STARTS.labels("exec" if forked is None else "fork").inc()
+        self.record = record(self._process.pid, spec.command)
         if self._stopping.is_set():  # asked to stop between the decision to start and the start
             self._kill_group()
         self._set("running")
@@ -144,21 +128,23 @@ class Child:
         self.record = None
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
-    async def _execute(self) -> asyncio.subprocess.Process:
+    async def _start(self, output: int) -> Process:
         """Raises OSError."""
         spec = self.spec
-        # Append mode: truncating the file for rotation is safe while the child writes.
-        with spec.log.open("ab") as output:
-            return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(LAUNCHER)),
-                *(str(int(spec.orphan_signal)), str(os.getpid()), *spec.command),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=dict(spec.env),
-                pass_fds=spec.pass_fds,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
-            )
+        forked = await self._fork(spec, output) if self._fork is not None else None
+        metrics.CHILD_STARTS.labels(spec.kind, "exec" if forked is None else "template").inc()
+        if forked is not None:
+            return forked
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(LAUNCHER)),
+            *(str(int(spec.orphan_signal)), str(os.getpid()), *spec.command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=dict(spec.env),
+            pass_fds=spec.pass_fds,
+            start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
+        )
 
     async def stop(self) -> None:
         """SIGTERM, at most `stop_seconds`, SIGKILL; no restart. Returns when the process is gone."""

@@ -26,7 +26,7 @@ from kvtransfer.tls import TLS_DIR_ENV
 GATEWAY_STOP_SECONDS = 15.0
 EXECUTOR_STOP_SECONDS = 15.0
 VALKEY_STOP_SECONDS = 10.0
-TEMPLATE_STOP_SECONDS = 1.0  # it has nothing to finish
+TEMPLATE_STOP_SECONDS = 5.0  # it holds nothing: SIGTERM ends it at once
 GATEWAY_DRAIN_SECONDS = "10"  # running answers may finish so long; under GATEWAY_STOP_SECONDS
 
 # -P: the working folder is no place to import from.
@@ -60,42 +60,47 @@ def valkey_spec(paths: StatePaths) -> ChildSpec:
     )
 
 
-THREADS_ENV = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read when they are loaded
-EXECUTOR = (*PYTHON, "flowserve.shell")
+def _executor_env(settings: StackSettings, env: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Threads of an executor, and its environment."""
+    threads = str(settings.threads or threads_per_executor(settings.executors, cores()))
+    return threads, {**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
-def template_spec(paths: StatePaths) -> ChildSpec:
+def template_spec(settings: StackSettings, paths: StatePaths, env: dict[str, str]) -> ChildSpec:
+    """With the environment of executors: libraries read some of it as they are loaded."""
     return ChildSpec(
         name="template",
         kind="template",
-        command=(*PYTHON, "flowserve.shell.template", "--socket", str(paths.template)),
-        env={**os.environ, **dict.fromkeys(THREADS_ENV, "1"), "PYTHONUNBUFFERED": "1"},
+        command=(*PYTHON, "flowserve.shell.template", "--socket", str(paths.template_socket)),
+        env=_executor_env(settings, env)[1],
         log=paths.logs / "template.log",
         stop_seconds=TEMPLATE_STOP_SECONDS,
-        before_start=lambda: paths.template.unlink(missing_ok=True),
+        before_start=lambda: paths.template_socket.unlink(missing_ok=True),
     )
 
 
 def executor_spec(
     settings: StackSettings, paths: StatePaths, te_id: str, role: RoleName, env: dict[str, str]
 ) -> ChildSpec:
-    threads = str(settings.threads or threads_per_executor(settings.executors, cores()))
+    threads, env = _executor_env(settings, env)
     endpoint = paths.run / f"{te_id}.json"
     bound = weights_cache_bytes(settings, paths)
     weights = ("--weights-dir", str(paths.weights), "--weights-bytes", str(bound)) if bound else ()
+    arguments = (
+        *("--te-id", te_id, "--listen", "127.0.0.1:0"),
+        *("--endpoint-file", str(endpoint), "--role", role.value),
+        *("--device", settings.device, "--tensor-parallel", str(settings.tensor_parallel)),
+        *("--threads", threads, "--shm-dir", str(paths.sockets), *weights),
+    )
     return ChildSpec(
         name=te_id,
         kind="executor",
-        command=(
-            *(*EXECUTOR, "--te-id", te_id, "--listen", "127.0.0.1:0"),
-            *("--endpoint-file", str(endpoint), "--role", role.value),
-            *("--device", settings.device, "--tensor-parallel", str(settings.tensor_parallel)),
-            *("--threads", threads, "--shm-dir", str(paths.sockets), *weights),
-        ),
-        env={**env, **dict.fromkeys(THREADS_ENV, threads)},
+        command=(*PYTHON, "flowserve.shell", *arguments),
+        env=env,
         log=paths.logs / f"{te_id}.log",
         stop_seconds=EXECUTOR_STOP_SECONDS,
         before_start=lambda: endpoint.unlink(missing_ok=True),
+        template_args=arguments if settings.device == "cpu" else None,  # a device does not survive a fork
     )
 
 

@@ -103,7 +103,7 @@ class Executor:
         self.child = child
         self.role = role
         self.target: ModelTarget | None = None
-        self._decided = time.time()  # when it was to serve: made, or its process found gone
+        self._decided = time.time()  # when it was to serve: given its model, or its process found gone
         self.ready = False
         self.message = ""
         self.load_failures = 0  # in a row
@@ -157,6 +157,7 @@ class Executor:
 
     def set_target(self, target: ModelTarget) -> None:
         self.target = target
+        self._decided = time.time()
         self._wake.set()
 
     async def tend(self) -> None:

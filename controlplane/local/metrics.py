@@ -13,24 +13,24 @@ CHILD_RESTARTS = Counter(
     ["child"],
     registry=REGISTRY,
 )
-CHILD_BACKOFF = Gauge(
-    "deepflow_local_child_backoff_seconds", "Wait before the next start; 0 = not waiting", ["child"],
+CHILD_STARTS = Counter(
+    "deepflow_local_child_starts", "Processes started, by how: exec, or forked by the template",
+    ["kind", "path"], registry=REGISTRY,
+)  # fmt: skip
+FORK_SECONDS = Histogram(
+    "deepflow_local_fork_seconds", "From the template's fork until the new process was its own",
+    registry=REGISTRY, buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)  # fmt: skip
+TEMPLATE_BYTES = Gauge(
+    "deepflow_local_template_bytes", "Resident memory of the template process; 0 = it does not run",
     registry=REGISTRY,
 )  # fmt: skip
-STARTS = Counter(
-    "deepflow_local_executor_starts",
-    "Processes of executors, by how they came: `fork` of the template, `exec` of a program",
-    ["way"],
-    registry=REGISTRY,
-)
-FORK_SECONDS = Histogram(
-    "deepflow_local_fork_seconds",
-    "Asking the template until a new executor's process was there",
-    registry=REGISTRY,
-    buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-)
 ORPHANS = Counter(
     "deepflow_local_orphans_reaped", "Processes that children left behind and that have ended",
+    registry=REGISTRY,
+)  # fmt: skip
+CHILD_BACKOFF = Gauge(
+    "deepflow_local_child_backoff_seconds", "Wait before the next start; 0 = not waiting", ["child"],
     registry=REGISTRY,
 )  # fmt: skip
 EXECUTOR_READY = Gauge(

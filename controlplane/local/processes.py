@@ -53,11 +53,13 @@ def is_running(ours: ProcessRecord) -> bool:
             return False
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        # A process between fork and exec of its command still shows the launcher before it.
-        command = tuple(process.cmdline())
+        shown = " ".join(process.cmdline()).rstrip()
     except psutil.Error:
         return False
-    return command[-len(ours.command) :] == ours.command
+    # As one text: so a forked executor shows its command. Between fork and exec of its command a started
+    # process still shows the launcher before it.
+    command = " ".join(ours.command)
+    return shown == command or shown.endswith(f" {command}")
 
 
 def end_all(records: Iterable[ProcessRecord], grace: float) -> list[ProcessRecord]:

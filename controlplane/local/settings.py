@@ -56,8 +56,8 @@ class StackSettings:
     threads: int | None = None  # per executor; None = cores / executors
     role_control: bool = False  # roles follow the load, else they stay as the topology and the operator say
     autoscale: int = 0  # each role may grow to so many executors; 0 = as many as the topology says
-    template: bool = True  # executors on the CPU are forked from a process that has imported everything
     redis_url: str | None = None  # None = an embedded Valkey
+    template: bool = True  # executors are forks of a template process, where device and system allow it
     start_timeout: float = 600.0  # seconds until ready, downloads not counted
 
     @property
@@ -185,8 +185,7 @@ class StatePaths:
         return self.sockets / "control.sock"
 
     @property
-    def template(self) -> Path:
-        """Where the template process listens."""
+    def template_socket(self) -> Path:
         return self.sockets / "template.sock"
 
     @property

@@ -1,7 +1,8 @@
 """The supervisor: one asyncio process that starts the stack, keeps it whole and ends it in order.
 
-Start: lock, port, Valkey, executors (warm) beside the models' download, catalogue, gateways, models
-and roles, then `/readyz` for every model. End: gateways, executors, Valkey, each with a bound.
+Start: lock, port, Valkey, the template process, executors (warm) beside the models' download, catalogue,
+gateways, models and roles, then `/readyz` for every model. End: gateways, executors, template, Valkey,
+each with a bound.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx
 from prometheus_client import start_http_server
 
-from controlplane.local import commands, control, metrics, template, valkey
+from controlplane.local import commands, control, metrics, valkey
 from controlplane.local.children import Child, ChildSpec
 from controlplane.local.errors import StackError
 from controlplane.local.executors import (
@@ -46,6 +46,7 @@ from controlplane.local.settings import (
     threads_per_executor,
     write_atomically,
 )
+from controlplane.local.template import Orphans, Template, subreaper, supported
 from controlplane.local.topology import RoleName
 from controlplane.nodeagent.errors import SourceError
 from controlplane.nodeagent.sources import FetchedModel, fetch
@@ -73,16 +74,15 @@ class Supervisor:
         self.state = "starting"  # | "ready" | "degraded" | "stopping"
         self._report = report
         self._children: list[Child] = []
+        self._forks = settings.template and settings.device == "cpu" and supported()
+        self._template: Template | None = None
+        self._orphans = Orphans()
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._executors: dict[str, Executor] = {}
         self._number = 0  # of the next executor: a name never comes again
         self._roles: RoleControl | None = None
         self._scaling: LocalScaling | None = None
-        self._template: template.Template | None = None
-        self._reaper = template.Reaper(
-            lambda: {child.pid for child in self._children if child.pid is not None}
-        )
         self._revisions: dict[str, str] = {}
         self._steps: deque[str] = deque(maxlen=STEPS_KEPT)
         self._started = time.time()
@@ -101,6 +101,8 @@ class Supervisor:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self.request_stop, number.name)
                 stack.callback(loop.remove_signal_handler, number)
+            if self._forks:
+                stack.enter_context(subreaper())
             listener = stack.enter_context(bind(self.settings.host, self.settings.port))
             stack.callback(clear, self.paths, grace=0.0)
             server = await control.serve(self.paths.control, self._command)
@@ -145,7 +147,9 @@ class Supervisor:
 
     async def _start_steps(self, listener: socket.socket) -> None:
         settings, paths = self.settings, self.paths
-        self._start_template()
+        if self._forks:  # beside everything else: the first executors wait for its imports
+            child = self._add_child(commands.template_spec(settings, paths, dict(os.environ)))
+            self._template = Template(child, paths.template_socket)
         self._redis_url = await self._start_valkey()
         env = commands.base_env(paths, self._redis_url, self._token())
         epochs = RoleEpochs(paths.role_epoch)
@@ -197,12 +201,9 @@ class Supervisor:
         te_id = f"te-{self._number}"
         self._number += 1
         controlled = settings.role_control or settings.autoscale
-        spec = commands.executor_spec(settings, paths, te_id, role, env)
-        if self._template is not None:
-            spec = replace(spec, fork=self._template.fork)
         executor = self._executors[te_id] = Executor(
             te_id,
-            child=self._add_child(spec),
+            child=self._add_child(commands.executor_spec(settings, paths, te_id, role, env)),
             endpoint_file=paths.run / f"{te_id}.json",
             role=role,
             epochs=epochs,
@@ -213,21 +214,6 @@ class Supervisor:
         executor.child.on_change = executor.look
         self._own_task(executor.tend(), f"tend-{te_id}")
         return executor
-
-    def _start_template(self) -> None:
-        """Beside everything else: the first executors wait for its imports instead of making their own."""
-        settings = self.settings
-        if not settings.template or settings.device != "cpu" or settings.tensor_parallel > 1:
-            return
-        if not template.supported():
-            return
-        try:
-            template.become_subreaper()
-        except OSError as error:
-            log.warning("executors are started without a template: %s", error)
-            return
-        child = self._add_child(commands.template_spec(self.paths))
-        self._template = template.Template(self.paths.template, child, commands.EXECUTOR)
 
     async def _start_valkey(self) -> str:
         if self.settings.redis_url:
@@ -315,7 +301,7 @@ class Supervisor:
     def _check_children(self) -> None:
         """Gives up on a start in which a child keeps ending, or a model cannot be loaded."""
         for child in self._children:
-            if child.restarts >= START_ATTEMPTS and child.spec.kind != "template":
+            if child.restarts >= START_ATTEMPTS and child.spec.kind != "template":  # which nobody needs
                 raise StackError(
                     f"{child.spec.name} {child.last_exit}, {child.restarts} times; "
                     f"the end of {child.spec.log}:\n{child.log_tail()}"
@@ -382,8 +368,8 @@ class Supervisor:
         scaled = {e.te_id for e in self._executors.values()} - {e.te_id for e in needed}
         scaled |= {e.te_id for e in needed if e.leaving_since is not None}
         whole = all(e.ready or e.te_id in scaled for e in needed)
-        scaled.add("template")  # it is done without
-        running = all(c.state == "running" or c.spec.name in scaled for c in self._children)
+        spared = scaled | {"template"}  # executors start without it too
+        running = all(c.state == "running" or c.spec.name in spared for c in self._children)
         return "ready" if whole and running else "degraded"
 
     async def _write_status(self) -> None:
@@ -403,7 +389,10 @@ class Supervisor:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             for child in self._children:
                 await asyncio.to_thread(child.rotate_log)
-            self._reaper.look()
+            if self._template is not None:
+                self._template.measure()
+                known = {child.pid for child in self._children if child.pid is not None}
+                metrics.ORPHANS.inc(self._orphans.reap(known))
             self._changed()
 
     async def _control_roles(self, roles: RoleControl) -> None:
@@ -452,7 +441,7 @@ class Supervisor:
     # -- tasks -------------------------------------------------------------------------------------
 
     def _add_child(self, spec: ChildSpec) -> Child:
-        child = Child(spec, self._changed)
+        child = Child(spec, self._changed, self._template.start if self._template is not None else None)
         self._children.append(child)
         self._runs[spec.name] = self._own_task(child.run(), f"run-{spec.name}")
         return child

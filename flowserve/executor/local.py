@@ -78,15 +78,13 @@ class LocalExecutor:
         return results
 
     def warm_up(self) -> None:
-        """One request of two steps, answered to nobody: what a first step sets up is set up before it counts.
-
-        Writes to block 0, whose content must be nobody's yet.
-        """
-        prompt = [0] * min(self.store.layout.block_tokens - 1, self._info.max_model_len - 1)
-        drawn = SampleSpec(SamplingParams(), prompt, [], 0)
-        if prompt:
-            self.execute([SequenceSlice(prompt, 0, [0], sample=drawn)])
-        self.execute([SequenceSlice([0], len(prompt), [0], sample=drawn)])
+        """A prompt and a decode in one step, answered to nobody: what a first step sets up is set up before
+        one that counts. Writes to the first blocks, whose content must be nobody's yet."""
+        drawn = SampleSpec(SamplingParams(), [0, 0], [], 0)
+        slices = [SequenceSlice([0], 0, [0], sample=drawn)]
+        if min(self.store.num_blocks, self.store.layout.block_tokens, self._info.max_model_len) > 1:
+            slices.append(SequenceSlice([0, 0], 0, [1], sample=drawn))
+        self.execute(slices)
 
     def _score(self, item: SequenceSlice, first: int) -> list[TokenLogprobs]:
         """Log-probabilities of the tokens after each token of a prompt slice, a few rows at a time."""

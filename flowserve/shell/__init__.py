@@ -12,6 +12,7 @@ Gateways, peers and the leader (operator, or the local supervisor) talk to it; n
     service      the TaskExecutor service           streams, outbox   what each gateway is still to be told
     handover     engine thread <-> kvtransfer       convert           protobuf <-> flowserve.engine.types
     registry     the record under its lease         watchdog          a hung engine ends the process
+    template     `python -m flowserve.shell.template`: forks executors (cpu), see docs/architecture.md
 
 See README.md beside this file. DeepServe (arXiv 2501.14417) sections 3 (TE-shell) and 6 (warm pods).
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from flowserve.shell.settings import SettingsError, parse
+from flowserve.shell.settings import Settings, SettingsError, parse
 
 EXIT_USAGE = 2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -25,10 +25,12 @@ def _die_with_parent() -> None:
         raise SettingsError("the parent ended while this process started")
 
 
-def prepare_environment(threads: int) -> None:
-    """What libraries read when they are loaded; torch.set_num_threads comes too late for some."""
+def _prepare(settings: Settings) -> None:
+    if settings.parent_death:
+        _die_with_parent()
+    # OpenMP and BLAS read these when they are loaded; torch.set_num_threads comes too late for some.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
+        os.environ[name] = str(settings.threads)
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
@@ -36,9 +38,7 @@ def prepare_environment(threads: int) -> None:
 def main() -> None:
     try:
         settings = parse(sys.argv[1:], os.environ)
-        if settings.parent_death:
-            _die_with_parent()
-        prepare_environment(settings.threads)
+        _prepare(settings)
     except SettingsError as error:
         print(f"python -m flowserve.shell: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

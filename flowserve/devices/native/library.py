@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from flowserve.models.weight_cache import CachedSource, Image
 from flowserve.models.weights import WeightSource, checked, layer_weights, rotary
 
 VERSION = 4
+CONVERSIONS = 4
+"""Layers converted at once (ours): each holds its layer in float32, and storage is read by all."""
 COLUMNS = 16  # of a packed panel
 BLOCK = 32  # columns of a matrix that are read, and quantized, together
 MAX_HEAD_DIM = 256
@@ -239,15 +242,28 @@ class PackedLayout(Layout):
 
     def fill(self, base: int, source: WeightSource) -> None:
         """Writes every weight to zeroed memory at `base`. Raises BadWeights."""
-        config = self.config
         read_as = torch.float32 if self.layers_format in (_INT8, _INT4) else self.dtype
-        for index in range(config.layers):
-            for name, tensor in layer_weights(source, index, read_as).items():
-                address = base + self.offsets[f"layers.{index}.{name}"]
-                if tensor.ndim == 1:
-                    copy_to(address, tensor)
-                else:
-                    pack(self.layers_format, address, *(tensor.chunk(2) if name == "gate_up" else (tensor,)))
+        with ThreadPoolExecutor(min(CONVERSIONS, os.cpu_count() or 1)) as workers:
+            parts = [workers.submit(self._fill_ends, base, source, read_as)]
+            for index in range(self.config.layers):
+                parts.append(workers.submit(self._fill_layer, base, source, read_as, index))
+            try:
+                for part in parts:
+                    part.result()
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
+
+    def _fill_layer(self, base: int, source: WeightSource, read_as: torch.dtype, index: int) -> None:
+        for name, tensor in layer_weights(source, index, read_as).items():
+            address = base + self.offsets[f"layers.{index}.{name}"]
+            if tensor.ndim == 1:
+                copy_to(address, tensor)
+            else:
+                pack(self.layers_format, address, *(tensor.chunk(2) if name == "gate_up" else (tensor,)))
+
+    def _fill_ends(self, base: int, source: WeightSource, read_as: torch.dtype) -> None:
+        config = self.config
         copy_to(base + self.offsets["final_norm"], checked(source, "final_norm", (config.hidden,)).float())
         for name, table in zip(("cosines", "sines"), rotary(source, self.max_len), strict=True):
             copy_to(base + self.offsets[name], table)

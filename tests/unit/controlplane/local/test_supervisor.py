@@ -39,16 +39,11 @@ def _free_port() -> int:
 
 @pytest.fixture
 def settings(small_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StackSettings:
-    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(FAKES), os.environ.get("PYTHONPATH", ""))))
     monkeypatch.delenv("DEEPFLOW_CLUSTER_TOKEN", raising=False)
     spec = ModelSpec(f"file://{small_model_path}", "small", parse_topology("1P1D"))
     return StackSettings(
-        state_dir=tmp_path / "state",
-        models=(spec,),
-        port=_free_port(),
-        threads=1,
-        start_timeout=60.0,
-        template=False,  # it would fork the real shell; test_template.py has it
+        state_dir=tmp_path / "state", models=(spec,), port=_free_port(), threads=1, start_timeout=60.0
     )
 
 
@@ -91,7 +86,7 @@ async def test_a_stack_starts_heals_and_ends_without_a_trace(settings: StackSett
         assert [e["role"] for e in status["executors"]] == ["prefill", "decode"]
         assert status["models"][0]["revision"].startswith("small@b179c9523d0e")
         processes = [psutil.Process(child["pid"]) for child in status["children"]]
-        assert len(processes) == 4
+        assert len(processes) == 5  # with the template
         before = _roles(supervisor)
 
         # An executor that is killed comes back with its model and its role.

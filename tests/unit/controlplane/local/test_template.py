@@ -1,216 +1,249 @@
-"""Executors by fork: the real template process, as the supervisor's child."""
+"""Forked executors: the real template process; in the TE-shell's place a program that looks around."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from deepflow.v1 import worker_pb2, worker_pb2_grpc
 
-from controlplane.local import commands, metrics, template
+from controlplane.local import metrics
 from controlplane.local.children import Child, ChildSpec
-from controlplane.local.settings import StackSettings, StatePaths
-from controlplane.local.topology import RoleName
-from kvtransfer.auth import call_metadata
-from kvtransfer.channel import open_channel
+from controlplane.local.processes import end_all, is_running
+from controlplane.local.template import Orphans, Template, subreaper, supported
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.skipif(not template.supported(), reason="executors are forked on Linux only"),
-]
-TOKEN = "a-token"
+pytestmark = pytest.mark.skipif(not supported(), reason="forks need Linux's subreaper and pidfd")
 
-
-class Stack:
-    """A template and its executors, as the supervisor has them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = StatePaths(folder)
-        self.paths.prepare()
-        self.settings = StackSettings(state_dir=folder, models=(), threads=1, weights_cache_bytes=0)
-        self.template_child = Child(commands.template_spec(self.paths), lambda: None)
-        self.template = template.Template(self.paths.template, self.template_child, commands.EXECUTOR)
-        self.runs = [asyncio.create_task(self.template_child.run())]
-        self.children = [self.template_child]
-
-    def add(self, te_id: str) -> Child:
-        env = commands.base_env(self.paths, "", TOKEN)
-        spec = commands.executor_spec(self.settings, self.paths, te_id, RoleName.COLOCATED, env)
-        fields = {name: getattr(spec, name) for name in ChildSpec.__slots__}  # type: ignore[attr-defined]
-        child = Child(ChildSpec(**{**fields, "fork": self.template.fork}), lambda: None)
-        self.children.append(child)
-        self.runs.append(asyncio.create_task(child.run()))
-        return child
-
-    async def serving(self, child: Child) -> str:
-        """Its address."""
-        path = self.paths.run / f"{child.spec.name}.json"
-        async with asyncio.timeout(60):
-            while not path.exists() or (found := json.loads(path.read_text()))["pid"] != child.pid:
-                await asyncio.sleep(0.02)
-        return str(found["address"])
+STAND_IN = """
+import importlib.machinery, importlib.util, pathlib, sys
+_PROGRAM = pathlib.Path(__file__).with_name("program.py")
+class _Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "flowserve.shell.__main__":
+            return importlib.util.spec_from_file_location(name, _PROGRAM)
+sys.meta_path.insert(0, _Finder)
+"""
+PROGRAM = """
+import json, os, random, signal, sys, threading, time
+import numpy, torch
+code = int(sys.argv[1])
+print(json.dumps({
+    "argv": sys.argv[1:], "env": dict(os.environ), "parent": os.getppid(), "session": os.getsid(0),
+    "threads": len(os.listdir("/proc/self/task")), "fds": sorted(map(int, os.listdir("/proc/self/fd")))[:-1],
+    "blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+    "draws": [random.random(), numpy.random.random(), torch.rand(1).item(), os.urandom(4).hex()],
+}), flush=True)
+if code < 0:
+    time.sleep(60)
+sys.exit(code)
+"""
 
 
-@pytest.fixture(autouse=True)
-def subreaper() -> None:
-    template.become_subreaper()
+def _env(folder: Path) -> dict[str, str]:
+    """With the program in the place of `flowserve.shell`."""
+    (folder / "sitecustomize.py").write_text(STAND_IN)
+    (folder / "program.py").write_text(PROGRAM)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))}
 
 
-@asynccontextmanager
-async def stack(folder: Path) -> AsyncIterator[Stack]:
-    made = Stack(folder)
-    try:
-        yield made
-    finally:
-        await asyncio.gather(*(child.stop() for child in reversed(made.children)))
-        await asyncio.gather(*made.runs)
+def _template_spec(folder: Path, env: dict[str, str]) -> ChildSpec:
+    command = (sys.executable, "-P", "-m", "flowserve.shell.template", "--socket", str(folder / "t.sock"))
+    return ChildSpec("template", "template", command, env, folder / "template.log", 5.0)
 
 
-def starts(way: str) -> float:
-    return float(metrics.STARTS.labels(way)._value.get())
+def _spec(folder: Path, number: int, *arguments: str, **env: str) -> ChildSpec:
+    """An executor whose program ends with arguments[0], or stays where that is negative."""
+    return ChildSpec(
+        name=f"te-{number}",
+        kind="executor",
+        command=(sys.executable, "-P", "-m", "flowserve.shell", *arguments),
+        env={**_env(folder), **env},
+        log=folder / f"te-{number}.log",
+        stop_seconds=5.0,
+        template_args=arguments,
+    )
 
 
-async def test_forked_executors_load_answer_and_end_in_order(small_model_path: Path, tmp_path: Path) -> None:
-    before = starts("fork")
-    async with stack(tmp_path) as made:
-        children = [made.add(f"te-{number}") for number in range(4)]
-        addresses = [await made.serving(child) for child in children]
-        assert starts("fork") == before + 4
-        assert len({child.pid for child in children}) == 4
-        for child in children:
-            process = psutil.Process(child.pid or 0)
-            assert process.ppid() == os.getpid()
-            assert Path(f"/proc/{child.pid}/comm").read_text().strip() == child.spec.name
-            assert child.record is not None and child.record.pid == child.pid
-        async with open_channel(addresses[2], None) as channel:
-            stub = worker_pb2_grpc.TaskExecutorStub(channel)
-            request = worker_pb2.LoadModelRequest(
-                model_revision="m@1", path=str(small_model_path), kv_cache_bytes=32 << 20
-            )
-            await stub.LoadModel(request, metadata=call_metadata(TOKEN), timeout=60)
-            status = await stub.GetStatus(
-                worker_pb2.GetStatusRequest(), metadata=call_metadata(TOKEN), timeout=10
-            )
-        assert status.record.start_path == "warm"  # its libraries came with it
-        assert status.record.pid == children[2].pid
-        os.kill(children[0].pid or 0, signal.SIGKILL)
-        async with asyncio.timeout(20):
-            while children[0].restarts == 0:
-                await asyncio.sleep(0.02)
-        assert children[0].last_exit == "was ended by SIGKILL"
-    assert [child.state for child in children] == ["stopped"] * 4
-    assert "exits with code 0" in children[1].spec.log.read_text()
-
-
-async def test_without_the_template_executors_are_started_as_programs(tmp_path: Path) -> None:
-    async with stack(tmp_path) as made:
-        first = made.add("te-0")
-        await made.serving(first)
-        killed = made.template_child.pid
-        os.kill(killed or 0, signal.SIGKILL)
-        before = starts("exec")
-        second = made.add("te-1")
-        await made.serving(second)
-        assert starts("exec") == before + 1
-        assert first.state == "running"  # what was forked lives on
-        async with asyncio.timeout(30):
-            while made.template_child.pid in (None, killed) or not made.paths.template.exists():
-                await asyncio.sleep(0.05)
-        before = starts("fork")
-        await made.serving(made.add("te-2"))
-        assert starts("fork") == before + 1
-
-
-async def test_a_refused_request_is_told_and_harms_nothing(tmp_path: Path) -> None:
-    async with stack(tmp_path) as made:
-        await made.template._ready()
-        for request in (b"nonsense\n", b'{"argv": []}\n', b'{"argv": [], "env": {}, "log": "/nowhere/x"}\n'):
-            reader, writer = await asyncio.open_unix_connection(made.paths.template)
-            writer.write(request)
-            assert "error" in json.loads(await reader.readline())
-            writer.close()
-            await writer.wait_closed()
-        await made.serving(made.add("te-0"))
-
-
-def test_a_process_with_threads_refuses_to_be_forked(tmp_path: Path) -> None:
-    program = textwrap.dedent(
-        """
-        import threading, time
-        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        from flowserve.shell.template import Unfit, warm_up
+@contextlib.asynccontextmanager
+async def _template(folder: Path) -> AsyncIterator[tuple[Template, Child]]:
+    child = Child(_template_spec(folder, _env(folder)), lambda: None)
+    with subreaper():
+        task = asyncio.create_task(child.run())
         try:
-            warm_up()
-        except Unfit as error:
-            raise SystemExit(str(error))
-        """
+            yield Template(child, folder / "t.sock"), child
+        finally:
+            await child.stop()
+            await asyncio.wait_for(task, 10)
+
+
+@contextlib.asynccontextmanager
+async def _running(children: list[Child]) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(child.run()) for child in children]
+    try:
+        yield
+    finally:
+        await asyncio.gather(*(child.stop() for child in children))
+        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+
+async def _until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    async with asyncio.timeout(seconds):
+        while not (value := condition()):
+            await asyncio.sleep(0.01)
+        return value
+
+
+def _starts(path: str) -> float:
+    return metrics.CHILD_STARTS.labels("executor", path)._value.get()
+
+
+def _said(folder: Path, number: int) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / f"te-{number}.log").read_text().splitlines()[0])
+    return value
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+async def test_a_forked_executor_is_what_a_started_one_would_be(tmp_path: Path) -> None:
+    async with _template(tmp_path) as (template, _):
+        before = _starts("template"), _starts("exec")
+        codes = ["-1", "-1", "0", "3"]
+        children = [
+            Child(_spec(tmp_path, n, code, "--x", "a b", ONLY=str(n)), lambda: None, template.start)
+            for n, code in enumerate(codes)
+        ]
+        async with _running(children):
+            await _until(
+                lambda: all(c.log_tail() for c in children) and all(c.restarts for c in children[2:])
+            )
+            assert _starts("exec") == before[1] and _starts("template") >= before[0] + 4
+            said = [_said(tmp_path, n) for n in range(4)]
+            for number, one in enumerate(said):
+                assert one["argv"] == [codes[number], "--x", "a b"]
+                assert one["env"] == children[number].spec.env
+                assert one["parent"] == os.getpid()
+                assert one["fds"] == [0, 1, 2]
+                assert (one["threads"], one["blocked"], one["term"]) == (1, 0, True)
+            # No two share a draw of any generator.
+            assert all(len(set(draws)) == 4 for draws in zip(*(one["draws"] for one in said), strict=True))
+            # Exit codes arrive.
+            assert [c.last_exit for c in children[2:]] == ["exited with code 0", "exited with code 3"]
+            first, second = children[0], children[1]
+            assert first.record is not None and second.record is not None
+            assert os.getsid(first.record.pid) == first.record.pid
+            # It shows its own command, by which alone a later supervisor ends it.
+            assert is_running(first.record) and is_running(second.record)
+            shown = " ".join(psutil.Process(first.record.pid).cmdline())
+            assert shown.rstrip() == " ".join(first.spec.command)
+            other = type(first.record)(first.record.pid, first.record.started, template._child.spec.command)
+            assert not is_running(other)
+            assert await asyncio.to_thread(end_all, [first.record], 5.0) == [first.record]
+            await _until(lambda: first.restarts)
+            assert first.last_exit == "was ended by SIGTERM"
+            # A stop is a stop, and a kill is a kill.
+            second.kill("test")
+            await _until(lambda: second.restarts)
+            assert second.last_exit == "was ended by SIGKILL"
+        # Whoever did not start the template gets nothing from it.
+        stranger = (
+            "import socket, struct, sys\ns = socket.socket(socket.AF_UNIX)\n"
+            "s.connect(sys.argv[1])\nsocket.send_fds(s, [struct.pack('>I', 2)], [1])\ns.sendall(b'{}')\n"
+            "print(s.makefile().readline())"
+        )
+        asked = [sys.executable, "-c", stranger, str(tmp_path / "t.sock")]
+        answer = await asyncio.to_thread(subprocess.run, asked, capture_output=True, text=True, timeout=20)
+        assert "did not start this template" in answer.stdout
+        assert (tmp_path / "t.sock").stat().st_mode & 0o777 == 0o600
+
+
+async def test_without_its_template_an_executor_starts_all_the_same(tmp_path: Path) -> None:
+    async with _template(tmp_path) as (template, of_template):
+        await _until((tmp_path / "t.sock").exists)
+        killed = of_template.pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        await _until(lambda: of_template.state == "backoff")
+        before = _starts("template"), _starts("exec")
+        left, later = (Child(_spec(tmp_path, n, "-1"), lambda: None, template.start) for n in range(2))
+        async with _running([left]):
+            await _until(left.log_tail)
+            assert (_starts("template"), _starts("exec")) == (before[0], before[1] + 1)
+            async with _running([later]):  # waits for the next template, which is on its way
+                await _until(lambda: of_template.pid not in (None, killed))
+                await _until(later.log_tail)
+            await _until((tmp_path / "t.sock").exists)
+        again = Child(_spec(tmp_path, 2, "-1"), lambda: None, template.start)
+        async with _running([again]):
+            await _until(again.log_tail)
+            assert _starts("template") >= before[0] + 1
+
+
+SUPERVISOR = """
+import asyncio, os, sys, pathlib
+from tests.unit.controlplane.local import test_template as t
+from controlplane.local.children import Child
+async def main():
+    folder = pathlib.Path(sys.argv[1])
+    async with t._template(folder) as (template, of_template):
+        child = Child(t._spec(folder, 0, "-1"), lambda: None, template.start)
+        task = asyncio.create_task(child.run())
+        while not child.log_tail(): await asyncio.sleep(0.01)
+        print(child.pid, of_template.pid, int(t._starts("template")), flush=True)
+        await task
+asyncio.run(main())
+"""
+
+
+async def test_forked_executors_die_with_their_supervisor(tmp_path: Path) -> None:
+    supervisor = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SUPERVISOR, str(tmp_path), stdout=asyncio.subprocess.PIPE
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
-    assert b"threads after its imports" in ended.stderr
+    assert supervisor.stdout is not None
+    executor, template, forks = map(int, (await supervisor.stdout.readline()).split())
+    assert forks == 1 and not _gone(executor) and not _gone(template)
+    supervisor.kill()
+    await supervisor.wait()
+    supervisor.stdout.feed_eof()
+    await _until(lambda: _gone(executor) and _gone(template))
 
 
-def test_children_of_one_template_draw_numbers_of_their_own() -> None:
-    program = textwrap.dedent(
-        """
-        import os, random, sys
-        import numpy, torch
-        from flowserve.shell.template import _reseed
-        for _ in range(2):
-            if os.fork() == 0:
-                _reseed()
-                print(random.random(), numpy.random.random(), torch.rand(1).item(), flush=True)
-                os._exit(0)
-            os.wait()
-        """
+def test_a_template_with_threads_does_not_serve(tmp_path: Path) -> None:
+    code = (
+        "import sys, threading, time\nfrom flowserve.shell import template\n"
+        "template.preload = lambda: None\n"
+        "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
+        "sys.exit(template.main())"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=True)
-    first, second = (line.split() for line in ended.stdout.splitlines())
-    assert not set(first) & set(second)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--socket", str(tmp_path / "t.sock")],
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1 and "does not serve: 2 threads" in ended.stderr
+    assert not (tmp_path / "t.sock").exists()
 
 
-def test_executors_end_with_the_supervisor_however_it_ends(tmp_path: Path) -> None:
-    program = textwrap.dedent(
-        f"""
-        import asyncio, os, pathlib, signal
-        from controlplane.local import template
-        from tests.unit.controlplane.local.test_template import Stack
-        async def main():
-            template.become_subreaper()
-            made = Stack(pathlib.Path({os.fspath(tmp_path)!r}))
-            child = made.add("te-0")
-            await made.serving(child)
-            print(child.pid, made.template_child.pid, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        asyncio.run(main())
-        """
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=90, check=False)
-    assert ended.returncode == -signal.SIGKILL
-    pids = [int(pid) for pid in ended.stdout.split()]
-    assert len(pids) == 2
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert not alive
-
-
-async def test_what_children_left_behind_is_reaped(tmp_path: Path) -> None:
-    program = "import os, sys; pid = os.fork(); pid or os.execvp('sleep', ['sleep', '0.2']); print(pid)"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE
-    )
-    told, _ = await process.communicate()
-    orphan = psutil.Process(int(told))
-    reaper = template.Reaper(set)
-    async with asyncio.timeout(10):
-        while orphan.is_running() and psutil.pid_exists(orphan.pid):
-            reaper.look()
-            await asyncio.sleep(0.1)
+async def test_what_children_leave_behind_is_reaped_at_the_second_look() -> None:
+    with subreaper():
+        code = "import os\nif os.fork(): os._exit(0)\n"
+        between = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+        await between.wait()
+        orphans = Orphans()
+        assert orphans.reap([]) == 0
+        await _until(lambda: orphans.reap([]) == 1)
+        assert orphans.reap([]) == 0

@@ -1,0 +1,270 @@
+"""From a decision to the first token of a real request: one executor by each path, and many from zero.
+
+    python -m tests.bench.scale [--quick] [--json PATH] [--many N] [--model PATH]
+
+Executors are started, given their model and watched by the supervisor's own parts (`controlplane.local`), on
+the small model in bfloat16. A start ends when a request of 32 prompt tokens has had its first token; the
+steps of it are the executor's own (flowserve.shell.start), `rest` lies between: polls, calls, request.
+Paths of one executor, interleaved:
+
+    cold, evicted   a program, after the system's page cache was dropped (where that is allowed)
+    cold            a program; libraries and model in the page cache, no weights in the node's memory
+    warm            a forked process waits; weights are converted from the file
+    hot             a forked process waits; weights lie in the node's memory
+    fork and hot    only the template waits; weights lie in the node's memory
+
+Many: the template runs, no executor does. Memory is the Pss of all of them, less their KV pools and what the
+template took before; weights, libraries and what else they share count once.
+Needs the small model and Linux.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from controlplane.local import commands, template
+from controlplane.local.children import Child
+from controlplane.local.executors import Executor, ModelTarget, RoleEpochs
+from controlplane.local.settings import StackSettings, StatePaths
+from controlplane.local.topology import RoleName
+from controlplane.nodeagent.sources import fetch
+from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
+from tests.bench import common
+from tests.support.worker_client import WorkerClient
+
+ROUNDS, QUICK_ROUNDS = 5, 2
+MANY, QUICK_MANY = 64, 8
+PROGRAMS = 8  # started as programs, as the baseline of many: more would only wait for each other
+KV_BYTES = 256 << 20
+MANY_KV_BYTES = 16 << 20
+TOKEN = "bench"
+PROMPT = list(range(500, 532))
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+START_SECONDS = 120.0
+PHASES = ("scaler_pre", "te_pre_load", "te_load", "te_post_load")
+
+
+class Node:
+    """Executors of one machine as the supervisor has them, with a template, and memory for weights."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.paths = StatePaths(folder)
+        self.paths.prepare()
+        self.model = model
+        self._settings = StackSettings(state_dir=folder, models=(), threads=1, weights_cache_bytes=2 << 30)
+        self._epochs = RoleEpochs(self.paths.role_epoch)
+        self._numbers = 0
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        spec = commands.template_spec(self._settings, self.paths, dict(os.environ))
+        self.template = Child(spec, lambda: None)
+        self._template = template.Template(self.template, self.paths.template_socket)
+        self._template_run = asyncio.create_task(self.template.run())
+
+    async def ready(self) -> None:
+        async with asyncio.timeout(START_SECONDS):
+            while not self.paths.template_socket.exists():
+                await asyncio.sleep(0.01)
+
+    def add(self, *, forked: bool, kv_bytes: int) -> Executor:
+        """An executor whose process starts now and which knows no model."""
+        te_id = f"te-{self._numbers}"
+        self._numbers += 1
+        env = commands.base_env(self.paths, "", TOKEN)
+        spec = commands.executor_spec(self._settings, self.paths, te_id, RoleName.COLOCATED, env)
+        executor = Executor(
+            te_id,
+            child=Child(spec, lambda: None, self._template.start if forked else None),
+            endpoint_file=self.paths.run / f"{te_id}.json",
+            role=RoleName.COLOCATED,
+            epochs=self._epochs,
+            token=TOKEN,
+            on_change=lambda: None,
+        )
+        executor.child.on_change = executor.look
+        self._kv_bytes = kv_bytes
+        work = (executor.child.run(), executor.tend())
+        self._tasks[te_id] = [asyncio.create_task(one) for one in work]
+        return executor
+
+    async def waits(self, executor: Executor) -> None:
+        """Until its process is warm."""
+        async with asyncio.timeout(START_SECONDS):
+            while executor.status is None:
+                await asyncio.sleep(0.01)
+
+    async def first_token(self, executor: Executor) -> float:
+        """Gives it the model; when a request had its first token (perf_counter)."""
+        executor.set_target(ModelTarget("bench", "bench@1", str(self.model), "bfloat16", self._kv_bytes, 0))
+        async with asyncio.timeout(START_SECONDS):
+            while not executor.ready:
+                await asyncio.sleep(0.002)
+        async with WorkerClient(executor.address, TOKEN) as client:
+            run = await client.generate(PROMPT, revision="bench@1", max_tokens=1)
+        if run.error is not None or not run.tokens:
+            raise RuntimeError(f"{executor.te_id}: {run.error}")
+        return time.perf_counter()
+
+    async def remove(self, executor: Executor) -> None:
+        work = self._tasks.pop(executor.te_id)
+        work[1].cancel()
+        await executor.child.stop()
+        await asyncio.gather(*work, return_exceptions=True)
+
+    def forget_weights(self) -> None:
+        shutil.rmtree(self.paths.weights, ignore_errors=True)
+
+    async def close(self) -> None:
+        await self.template.stop()
+        await self._template_run
+        self.forget_weights()
+
+
+@contextlib.asynccontextmanager
+async def node(model: Path) -> AsyncIterator[Node]:
+    with tempfile.TemporaryDirectory(prefix="dfb-") as folder, template.subreaper():
+        made = Node(Path(folder), model)
+        try:
+            await made.ready()
+            yield made
+        finally:
+            await made.close()
+
+
+def steps(executor: Executor) -> dict[str, float]:
+    """Seconds by phase, as the executor tells."""
+    if executor.status is None:
+        raise RuntimeError(f"{executor.te_id} has no status")
+    return {phase.phase: phase.seconds for phase in executor.status.record.start_phases}
+
+
+def drop_page_cache() -> bool:
+    """False where this user may not."""
+    os.sync()
+    try:
+        DROP_CACHES.write_text("3\n")
+    except OSError:
+        return False
+    return True
+
+
+async def one(made: Node, path: str) -> tuple[float, dict[str, float]]:
+    """Seconds until the first token, and of the steps on the way."""
+    if not path.endswith("hot"):
+        made.forget_weights()
+    if path in ("warm", "hot"):
+        executor = made.add(forked=True, kv_bytes=KV_BYTES)
+        await made.waits(executor)
+        await asyncio.sleep(0.5)  # its preload is done
+        started = time.perf_counter()
+    else:
+        started = time.perf_counter()
+        executor = made.add(forked=path == "fork and hot", kv_bytes=KV_BYTES)
+    seconds = await made.first_token(executor) - started
+    found = steps(executor)
+    await made.remove(executor)
+    return seconds, found
+
+
+async def single(made: Node, report: common.Report, rounds: int) -> dict[str, float]:
+    """Medians of each path."""
+    paths = ["cold", "warm", "hot", "fork and hot"]
+    if drop_page_cache():
+        paths.insert(0, "cold, evicted")
+    else:
+        print("cold, evicted: not measured, the page cache can be dropped by root only")
+    taken: dict[str, list[tuple[float, dict[str, float]]]] = {path: [] for path in paths}
+    for _ in range(rounds):
+        for path in paths:
+            if path == "cold, evicted":
+                drop_page_cache()
+            taken[path].append(await one(made, path))
+            print(".", end="", flush=True)
+    print()
+    medians = {}
+    for path, runs in taken.items():
+        medians[path] = common.median([seconds for seconds, _ in runs])
+        row = {name: common.median([found.get(name, 0.0) for _, found in runs]) for name in PHASES}
+        if path in ("warm", "hot"):  # the process waited: what lies before the load is no part of it
+            row["te_pre_load"] = 0.0
+        rest = medians[path] - sum(row.values())
+        report.add(path=path, first_token_s=medians[path], **row, rest=rest, rounds=rounds)
+    return medians
+
+
+async def many(made: Node, count: int, *, forked: bool, weights: str) -> dict[str, object]:
+    """All at once from zero; how long until each has answered, and the memory they take."""
+    before = pss(made.template.pid or 0)
+    started = time.perf_counter()
+    executors = [made.add(forked=forked, kv_bytes=MANY_KV_BYTES) for _ in range(count)]
+    times = await asyncio.gather(*(made.first_token(executor) for executor in executors))
+    pids = [executor.child.pid or 0 for executor in executors]
+    memory = sum(map(pss, [*pids, made.template.pid or 0])) - before - count * MANY_KV_BYTES
+    done = sorted(at - started for at in times)
+    row: dict[str, object] = {
+        "started": "forked" if forked else "as programs",
+        "executors": count,
+        "weights": weights,
+        "first_s": done[0],
+        "half_s": done[len(done) // 2],
+        "all_s": done[-1],
+        "per_second": count / done[-1],
+        "memory_mib": memory / 2**20,
+        "private_mib": common.median([private(pid) / 2**20 for pid in pids]),
+    }
+    await asyncio.gather(*(made.remove(executor) for executor in executors))
+    return row
+
+
+def _rollup(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(value.split()[0]) * 1024 for name, value in (line.split(":", 1) for line in lines)}
+
+
+def pss(pid: int) -> int:
+    """Bytes of memory, shared pages by the part that is this process's."""
+    return _rollup(pid)["Pss"]
+
+
+def private(pid: int) -> int:
+    """Bytes of memory that no other process maps (a KV pool is mapped by nobody else here), less the pool."""
+    found = _rollup(pid)
+    return found["Private_Clean"] + found["Private_Dirty"] - MANY_KV_BYTES
+
+
+async def main(quick: bool, json_path: str | None, model: Path, count: int) -> int:
+    report = common.Report("scale")
+    async with node(model) as made:
+        medians = await single(made, report, QUICK_ROUNDS if quick else ROUNDS)
+        made.forget_weights()
+        programs = await many(made, PROGRAMS, forked=False, weights="in storage")
+        made.forget_weights()
+        stored = await many(made, count, forked=True, weights="in storage")
+        held = await many(made, count, forked=True, weights="in node memory")
+        for row in (programs, stored, held):
+            report.add(**row)
+    hot, cold = medians["hot"], medians["cold"]
+    report.check("hot", hot * 1e3, "ms", "<= 250", hot <= 0.25)
+    report.check("hot, faster than cold", cold / hot, "x", ">= 8", cold / hot >= 8)
+    if (evicted := medians.get("cold, evicted")) is not None:
+        report.check("hot, faster than evicted", evicted / hot, "x", ">= 20", evicted / hot >= 20)
+    whole = count >= MANY
+    seconds, memory = float(str(held["all_s"])), float(str(held["memory_mib"]))
+    report.check(f"{count} from zero", seconds, "s", "<= 8", seconds <= 8 if whole else None)
+    report.check("memory beside KV pools", memory, "MiB", "<= 1536", memory <= 1536 if whole else None)
+    return report.finish(json_path)
+
+
+if __name__ == "__main__":
+    arguments = common.parser(__doc__ or "")
+    arguments.add_argument("--model", type=Path, help="GGUF file or folder (default: the small model)")
+    arguments.add_argument("--many", type=int, default=0, help=f"executors from zero (default: {MANY})")
+    options = arguments.parse_args()
+    wanted = options.many or (QUICK_MANY if options.quick else MANY)
+    common.run(main(options.quick, options.json, options.model or fetch(DEFAULT_MODEL_URI).path, wanted))
