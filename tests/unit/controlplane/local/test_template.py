@@ -153,7 +153,8 @@ async def test_a_forked_executor_is_what_a_started_one_would_be(tmp_path: Path) 
             assert shown.rstrip() == " ".join(first.spec.command)
             other = type(first.record)(first.record.pid, first.record.started, template._child.spec.command)
             assert not is_running(other)
-            assert await asyncio.to_thread(end_all, [first.record], 5.0) == [first.record]
+            record = first.record  # gone as soon as its end is known
+            assert await asyncio.to_thread(end_all, [record], 5.0) == [record]
             await _until(lambda: first.restarts)
             assert first.last_exit == "was ended by SIGTERM"
             # A stop is a stop, and a kill is a kill.
