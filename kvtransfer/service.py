@@ -386,9 +386,10 @@ def _failed(error: TransferError) -> pb.TransferUpdate:
 
 
 def _chunk_message(chunk: Chunk) -> pb.ChunkReady:
-    return pb.ChunkReady(
-        first_block=chunk.first_block,
-        runs=[pb.BlockRun(start=run.start, count=run.count) for run in chunk.runs],
-        generations=chunk.generations,
-        tokens=chunk.tokens,
-    )
+    message = pb.ChunkReady(first_block=chunk.first_block, generations=chunk.generations, tokens=chunk.tokens)
+    add = message.runs.add
+    for run in chunk.runs:  # in place: runs made apart and copied take three times as long
+        added = add()
+        added.start = run.start
+        added.count = run.count
+    return message

@@ -1,6 +1,7 @@
 """NIXL (UCX over host memory) and Mooncake (TCP) moving what `tests.bench.kv_transfer` moves.
 
-Started by it with `--peers PYTHON`, in an environment of their own (numpy beside them is enough). Two
+Started by it with `--peers PYTHON`, in an environment of their own (numpy beside them is enough), and as
+a module: a script's folder is searched first, and `operator.py` beside it is not Python's. Two
 processes; one reads 128 MiB out of the other's registered memory, as one piece or as 2,048 scattered
 pieces of 64 KiB, in turn; a request's descriptors are prepared within its time, since every request has
 others. Prints a JSON object a row. Bytes are compared after the first request of each kind.
@@ -202,7 +203,7 @@ def main() -> None:
         measure(args.way, args.rounds)
         return
     for way, (_, environment, _, _) in ENGINES.items():
-        command = [sys.executable, __file__, "--way", way, "--rounds", str(args.rounds)]
+        command = [sys.executable, "-m", "tests.bench.kv_peers", "--way", way, "--rounds", str(args.rounds)]
         process = os.spawnve(os.P_WAIT, sys.executable, command, {**os.environ, **environment})
         if process:
             print(f"{way}: could not be measured (exit code {process})", file=sys.stderr)

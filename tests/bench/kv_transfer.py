@@ -345,8 +345,8 @@ async def against_classic(report: Report, ends: Ends, pids: Sequence[int], quick
 
 def peers(report: Report, interpreter: str, quick: bool, ours: dict[str, float]) -> None:
     """The same bytes through NIXL and Mooncake, in their own environment."""
-    command = [interpreter, str(ROOT / "tests/bench/kv_peers.py"), "--rounds", "3" if quick else "7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    command = [interpreter, "-m", "tests.bench.kv_peers", "--rounds", "3" if quick else "7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     best: dict[str, float] = {}
