@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from controlplane.cli import (
+    bench,
     calibrate,
     chat,
     cluster,
@@ -50,6 +51,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("operator")(operator.operator)
 app.command("simulate")(simulate.simulate)
 app.command("uninstall")(uninstall.uninstall)
+app.add_typer(bench.app, name="bench")
 app.add_typer(crds.app, name="crds")
 app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")

@@ -21,127 +21,22 @@ Needs the small model and Linux.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-from controlplane.local import commands, template
-from controlplane.local.children import Child
-from controlplane.local.executors import Executor, ModelTarget, RoleEpochs
-from controlplane.local.settings import StackSettings, StatePaths
-from controlplane.local.topology import RoleName
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else it tells of every program that is started
+from controlplane.local.starts import PHASES, Node, node, steps
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
 from tests.bench import common
-from tests.support.worker_client import WorkerClient
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 MANY, QUICK_MANY = 64, 8
 PROGRAMS = 8  # started as programs, as the baseline of many: more would only wait for each other
 KV_BYTES = 256 << 20
 MANY_KV_BYTES = 16 << 20
-TOKEN = "bench"
-PROMPT = list(range(500, 532))
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-START_SECONDS = 120.0
-PHASES = ("scaler_pre", "te_pre_load", "te_load", "te_post_load")
-
-
-class Node:
-    """Executors of one machine as the supervisor has them, with a template, and memory for weights."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.paths = StatePaths(folder)
-        self.paths.prepare()
-        self.model = model
-        self._settings = StackSettings(state_dir=folder, models=(), threads=1, weights_cache_bytes=2 << 30)
-        self._epochs = RoleEpochs(self.paths.role_epoch)
-        self._numbers = 0
-        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
-        spec = commands.template_spec(self._settings, self.paths, dict(os.environ))
-        self.template = Child(spec, lambda: None)
-        self._template = template.Template(self.template, self.paths.template_socket)
-        self._template_run = asyncio.create_task(self.template.run())
-
-    async def ready(self) -> None:
-        async with asyncio.timeout(START_SECONDS):
-            while not self.paths.template_socket.exists():
-                await asyncio.sleep(0.01)
-
-    def add(self, *, forked: bool, kv_bytes: int) -> Executor:
-        """An executor whose process starts now and which knows no model."""
-        te_id = f"te-{self._numbers}"
-        self._numbers += 1
-        env = commands.base_env(self.paths, "", TOKEN)
-        spec = commands.executor_spec(self._settings, self.paths, te_id, RoleName.COLOCATED, env)
-        executor = Executor(
-            te_id,
-            child=Child(spec, lambda: None, self._template.start if forked else None),
-            endpoint_file=self.paths.run / f"{te_id}.json",
-            role=RoleName.COLOCATED,
-            epochs=self._epochs,
-            token=TOKEN,
-            on_change=lambda: None,
-        )
-        executor.child.on_change = executor.look
-        self._kv_bytes = kv_bytes
-        work = (executor.child.run(), executor.tend())
-        self._tasks[te_id] = [asyncio.create_task(one) for one in work]
-        return executor
-
-    async def waits(self, executor: Executor) -> None:
-        """Until its process is warm."""
-        async with asyncio.timeout(START_SECONDS):
-            while executor.status is None:
-                await asyncio.sleep(0.01)
-
-    async def first_token(self, executor: Executor) -> float:
-        """Gives it the model; when a request had its first token (perf_counter)."""
-        executor.set_target(ModelTarget("bench", "bench@1", str(self.model), "bfloat16", self._kv_bytes, 0))
-        async with asyncio.timeout(START_SECONDS):
-            while not executor.ready:
-                await asyncio.sleep(0.002)
-        async with WorkerClient(executor.address, TOKEN) as client:
-            run = await client.generate(PROMPT, revision="bench@1", max_tokens=1)
-        if run.error is not None or not run.tokens:
-            raise RuntimeError(f"{executor.te_id}: {run.error}")
-        return time.perf_counter()
-
-    async def remove(self, executor: Executor) -> None:
-        work = self._tasks.pop(executor.te_id)
-        work[1].cancel()
-        await executor.child.stop()
-        await asyncio.gather(*work, return_exceptions=True)
-
-    def forget_weights(self) -> None:
-        shutil.rmtree(self.paths.weights, ignore_errors=True)
-
-    async def close(self) -> None:
-        await self.template.stop()
-        await self._template_run
-        self.forget_weights()
-
-
-@contextlib.asynccontextmanager
-async def node(model: Path) -> AsyncIterator[Node]:
-    with tempfile.TemporaryDirectory(prefix="dfb-") as folder, template.subreaper():
-        made = Node(Path(folder), model)
-        try:
-            await made.ready()
-            yield made
-        finally:
-            await made.close()
-
-
-def steps(executor: Executor) -> dict[str, float]:
-    """Seconds by phase, as the executor tells."""
-    if executor.status is None:
-        raise RuntimeError(f"{executor.te_id} has no status")
-    return {phase.phase: phase.seconds for phase in executor.status.record.start_phases}
 
 
 def drop_page_cache() -> bool:
@@ -159,14 +54,13 @@ async def one(made: Node, path: str) -> tuple[float, dict[str, float]]:
     if not path.endswith("hot"):
         made.forget_weights()
     if path in ("warm", "hot"):
-        executor = made.add(forked=True, kv_bytes=KV_BYTES)
+        executor = made.add(forked=True)
         await made.waits(executor)
-        await asyncio.sleep(0.5)  # its preload is done
         started = time.perf_counter()
     else:
         started = time.perf_counter()
-        executor = made.add(forked=path == "fork and hot", kv_bytes=KV_BYTES)
-    seconds = await made.first_token(executor) - started
+        executor = made.add(forked=path == "fork and hot")
+    seconds = await made.first_token(executor, KV_BYTES) - started
     found = steps(executor)
     await made.remove(executor)
     return seconds, found
@@ -202,8 +96,8 @@ async def many(made: Node, count: int, *, forked: bool, weights: str) -> dict[st
     """All at once from zero; how long until each has answered, and the memory they take."""
     before = pss(made.template.pid or 0)
     started = time.perf_counter()
-    executors = [made.add(forked=forked, kv_bytes=MANY_KV_BYTES) for _ in range(count)]
-    times = await asyncio.gather(*(made.first_token(executor) for executor in executors))
+    executors = [made.add(forked=forked) for _ in range(count)]
+    times = await asyncio.gather(*(made.first_token(executor, MANY_KV_BYTES) for executor in executors))
     pids = [executor.child.pid or 0 for executor in executors]
     memory = sum(map(pss, [*pids, made.template.pid or 0])) - before - count * MANY_KV_BYTES
     done = sorted(at - started for at in times)
@@ -240,7 +134,7 @@ def private(pid: int) -> int:
 
 async def main(quick: bool, json_path: str | None, model: Path, count: int) -> int:
     report = common.Report("scale")
-    async with node(model) as made:
+    async with node(model, "bfloat16") as made:
         medians = await single(made, report, QUICK_ROUNDS if quick else ROUNDS)
         made.forget_weights()
         programs = await many(made, PROGRAMS, forked=False, weights="in storage")
