@@ -19,6 +19,12 @@ MAX_MESSAGE_BYTES = 64 << 20
 """Far above any message of ours; gRPC's own default, 4 MiB, is below a long prompt with logprobs."""
 KEEPALIVE_MS = 5_000
 """A peer that answers no ping (stopped, or its host gone) is noticed within two of these (ours)."""
+CONNECT_BOUND = "grpc.min_reconnect_backoff_ms"
+"""Despite its name, how long an attempt to connect may take at least: a refused one is repeated after the
+back-off all the same."""
+TLS_CONNECT_MS = 5_000
+"""A server asks for its certificates in Python, under the interpreter's lock, which an import of torch holds
+for some hundred milliseconds (ours)."""
 
 _COMMON: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -36,7 +42,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *_COMMON,
     ("grpc.use_local_subchannel_pool", 1),  # a new channel to a restarted peer inherits no back-off
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    (CONNECT_BOUND, 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_http_proxy", 0),
 )
@@ -56,7 +62,8 @@ def open_channel(
     """A channel to another executor; connects lazily. Credentials go with each call as metadata."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
-    named = (*options, ("grpc.ssl_target_name_override", SERVER_NAME))
+    kept = (option for option in options if option[0] != CONNECT_BOUND)
+    named = (*kept, (CONNECT_BOUND, TLS_CONNECT_MS), ("grpc.ssl_target_name_override", SERVER_NAME))
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options=named)
 
 
