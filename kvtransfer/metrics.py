@@ -61,6 +61,24 @@ RELEASED = Counter(
 TAKEOVERS = Counter(
     "deepflow_kv_takeovers_total", "Transfers that a later attempt took over from their first receiver."
 )
+FEEDS = Gauge("deepflow_weights_feeds", "Executors that this one is feeding weights.")
+FED = Counter(
+    "deepflow_weights_fed_total",
+    "Feeds that ended at this source: `ok`, `left` by the receiver, `lost` here.",
+    ("outcome",),
+)
+FED_BYTES = Counter("deepflow_weights_fed_bytes_total", "Bytes of weights that receivers took from here.")
+FEED_WAITS = Counter(
+    "deepflow_weights_feed_wait_seconds_total", "Seconds that feeds waited because tasks run here."
+)
+FETCHED_BYTES = Counter(
+    "deepflow_weights_fetched_bytes_total", "Bytes of weights taken from other executors.", ("transport",)
+)
+FETCHES = Counter(
+    "deepflow_weights_fetches_total",
+    "Weights asked of other executors: `ok`, `resumed` at another source, `failed` (storage serves then).",
+    ("outcome",),
+)
 READ_BYTES = Counter("deepflow_kv_read_bytes_total", "KV bytes sent over sockets and gRPC by this sender.")
 ACTIVE_READS = Gauge("deepflow_kv_active_reads", "Read streams this sender serves now.")
 REFUSED = Counter(

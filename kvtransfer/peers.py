@@ -24,13 +24,14 @@ from deepflow.v1 import kvtransfer_pb2_grpc as pb_grpc
 from kvtransfer import metrics
 from kvtransfer.channel import open_channel
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, error_of
+from kvtransfer.images import BLOCK_BYTES, ImageStore
 from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool, PoolError
 from kvtransfer.reshape import Reshaper
 from kvtransfer.shm import request_pool
 from kvtransfer.tls import Tls
 from kvtransfer.transports.base import Transport
-from kvtransfer.transports.choice import Mode, Opener, open_best
+from kvtransfer.transports.choice import BEST_FIRST, Mode, Opener, open_best
 from kvtransfer.transports.collective import NAME as COLLECTIVE
 from kvtransfer.transports.collective import CollectiveTransport, FarEnd
 from kvtransfer.transports.grpc_read import GrpcTransport
@@ -143,6 +144,19 @@ class Peer:
             self._handshake, self._layout = answer, local.layout
             return answer
 
+    async def open_image(self, local: LocalEnd, end: pb.HandshakeResponse, blocks: int) -> Transport:
+        """The best transport out of an image of weights that this peer feeds us; the caller closes it. Raises
+        TransferError."""
+        openers = self._openers(local, local.layout, end)
+        if "shm" in openers and local.shm_dir is not None:
+            openers["shm"] = functools.partial(
+                self._open_mapped, local, local.shm_dir / Path(end.shm_socket).name, end.pool_id, blocks
+            )
+        # Libraries and groups know the pool alone: what is read once is not worth registering there.
+        sockets = {name: openers[name] for name in BEST_FIRST if name in openers}
+        mode = local.transports if local.transports in BEST_FIRST else "auto"
+        return await open_best(mode, sockets, str(self))
+
     async def forget(self) -> None:
         """The next `connect` shakes hands anew."""
         self._handshake = None
@@ -202,6 +216,15 @@ class Peer:
             local.pool,
         )
         return await CollectiveTransport.open(far, local.copy_workers, local.peer_timeout)
+
+    async def _open_mapped(self, local: LocalEnd, path: Path, name: str, blocks: int) -> ShmTransport:
+        """Maps the image that the peer feeds us. Raises TransportUnavailable."""
+        passed = await request_pool(path, self.incarnation, local.token, name)
+        try:
+            image = ImageStore.attach(name, passed.fd, blocks * BLOCK_BYTES)
+        except (OSError, ValueError) as error:
+            raise TransportUnavailable("pool", str(error)) from error
+        return ShmTransport(image, local.copy_workers)
 
     async def _open_shm(self, local: LocalEnd, theirs: KVLayout, path: Path, pool_id: str) -> ShmTransport:
         """Maps the peer's pool. Raises TransportUnavailable."""

@@ -129,19 +129,19 @@ class Receiver:
         self.incarnation = incarnation
         self._store = store
         self._token = token
-        self._metadata = call_metadata(token)
+        self.metadata = call_metadata(token)
         self._transports = transports
         self._host = host
         self._shm_dir = shm_dir
-        self._peer_timeout = peer_timeout
+        self.peer_timeout = peer_timeout
         self._heartbeat = min(lease_seconds / 3, peer_timeout / 2)
-        self._checksum = checksum
+        self.checksum = checksum
         self._clock = clock
         self._budget = ByteBudget(max_inflight_bytes)
         self._slots = asyncio.Semaphore(max_pulls)
         self._max_waiting = max_waiting
         self._waiting = 0
-        self._peers = PeerCache(max_peers, tls)
+        self.peers = PeerCache(max_peers, tls)
         self._pulls: set[asyncio.Task[PullResult]] = set()
         self._host_identity = ""
         self._finishes: set[asyncio.Task[None]] = set()
@@ -179,7 +179,7 @@ class Receiver:
         await self._cancel_pulls()
         if self._finishes:
             await asyncio.wait(self._finishes, timeout=FINISH_SECONDS)
-        await self._peers.close()
+        await self.peers.close()
         self._workers.shutdown(wait=False)
         self._streams.shutdown(wait=False)
 
@@ -251,16 +251,16 @@ class Receiver:
         if store is None or self._closed:
             raise TransferError(TransferErrorCode.INTERNAL, "this receiver has no pool")
         request = pb.OpenPrefixRequest(identities=identities, layout=store.layout.digest())
-        async with self._peers.borrow(address, te_id, incarnation) as peer:
+        async with self.peers.borrow(address, te_id, incarnation) as peer:
             try:
-                left = min(self._peer_timeout, max(0.0, deadline - self._clock()))
-                await peer.connect(self._local_end(store, 0), left)
-                left = min(self._peer_timeout, max(0.0, deadline - self._clock()))
-                answer = await peer.stub.OpenPrefix(request, metadata=self._metadata, timeout=left)
+                left = min(self.peer_timeout, max(0.0, deadline - self._clock()))
+                await peer.connect(self.local_end(store, 0), left)
+                left = min(self.peer_timeout, max(0.0, deadline - self._clock()))
+                answer = await peer.stub.OpenPrefix(request, metadata=self.metadata, timeout=left)
             except grpc.aio.AioRpcError as rpc:
                 error = error_of(rpc, f"prefix at {peer}")
                 if error.code is TransferErrorCode.PEER_LOST:
-                    await self._peers.drop(peer)
+                    await self.peers.drop(peer)
                 raise error from rpc
         if not 0 < answer.blocks <= len(identities):
             raise TransferError(TransferErrorCode.INTERNAL, f"{answer.blocks} blocks of {len(identities)}")
@@ -268,7 +268,7 @@ class Receiver:
 
     def transport_to(self, address: str, te_id: str, incarnation: str) -> str | None:
         """The transport of the last handshake with that peer; None before one. Any thread."""
-        return self._peers.transport_of((te_id, incarnation, address))
+        return self.peers.transport_of((te_id, incarnation, address))
 
     async def _pull(
         self, address: str, te_id: str, incarnation: str, store: BlockStore, pull: _Pull
@@ -276,13 +276,13 @@ class Receiver:
         started = self._clock()
         outcome, failure = "ok", ""
         try:
-            async with self._peers.borrow(address, te_id, incarnation) as peer:
+            async with self.peers.borrow(address, te_id, incarnation) as peer:
                 try:
                     await self._bounded(peer, store, pull)
                 except TransferError as error:
                     outcome, failure = error.code.name.lower(), str(error)
                     if error.code is TransferErrorCode.PEER_LOST:
-                        await self._peers.drop(peer)
+                        await self.peers.drop(peer)
                     raise
                 except asyncio.CancelledError:
                     outcome, failure = "cancelled", "the receiver cancelled the transfer"
@@ -330,9 +330,9 @@ class Receiver:
             ) from error
 
     async def _run(self, peer: Peer, store: BlockStore, pull: _Pull) -> None:
-        local = self._local_end(store, pull.attempt)
+        local = self.local_end(store, pull.attempt)
         try:
-            handshake = await peer.connect(local, min(self._peer_timeout, self._left(pull)))
+            handshake = await peer.connect(local, min(self.peer_timeout, self._left(pull)))
             try:
                 await self._guarded(peer, local, store, pull, handshake.pool_id)
             except TransferError as error:
@@ -340,7 +340,7 @@ class Receiver:
                     raise
                 # The sender loaded a model since we shook hands: once more with its new pool.
                 await peer.forget()
-                handshake = await peer.connect(local, min(self._peer_timeout, self._left(pull)))
+                handshake = await peer.connect(local, min(self.peer_timeout, self._left(pull)))
                 await self._guarded(peer, local, store, pull, handshake.pool_id)
         except TransferError as error:
             if error.code is TransferErrorCode.PEER_LOST and self._clock() >= pull.deadline:
@@ -372,9 +372,9 @@ class Receiver:
             receiver=local.receiver,
             pool_id=pool_id,
             attempt=pull.attempt,
-            checksums=self._checksum and transport.name in UNCHECKED,
+            checksums=self.checksum and transport.name in UNCHECKED,
         )
-        call = peer.stub.Watch(request, metadata=self._metadata, timeout=self._left(pull))
+        call = peer.stub.Watch(request, metadata=self.metadata, timeout=self._left(pull))
         try:
             async for update in call:
                 match update.WhichOneof("update"):
@@ -419,7 +419,7 @@ class Receiver:
             (),
             dict(zip(announced, chunk.generations, strict=True)),
             store,
-            self._checksum,
+            self.checksum,
             lambda: self._left(pull),
         )
         async with self._budget.hold(size):
@@ -461,7 +461,7 @@ class Receiver:
         while True:
             await asyncio.sleep(self._heartbeat)
             try:
-                await peer.stub.Renew(request, metadata=self._metadata, timeout=self._peer_timeout / 2)
+                await peer.stub.Renew(request, metadata=self.metadata, timeout=self.peer_timeout / 2)
             except grpc.aio.AioRpcError as rpc:
                 error = error_of(rpc, f"heartbeat to {peer}")
                 if error.code is TransferErrorCode.PEER_LOST:
@@ -471,25 +471,30 @@ class Receiver:
 
     # -- around it ----------------------------------------------------------------------------
 
-    def _local_end(self, store: BlockStore, attempt: int) -> LocalEnd:
-        if not self._host_identity and self._transports != "grpc":
-            self._host_identity = host_identity(self._shm_dir)
+    def local_end(self, store: BlockStore, attempt: int = 0) -> LocalEnd:
+        """What this executor says of itself to a peer whose blocks go into `store`."""
         return LocalEnd(
             self.te_id,
             self.incarnation,
             store.layout,
-            self._metadata,
+            self.metadata,
             self._token,
-            self._host_identity,
+            self.host_identity(),
             self._shm_dir,
             self._transports,
-            self._peer_timeout,
+            self.peer_timeout,
             self._host,
             self._workers,
             self._streams,
             store,
             attempt=attempt,
         )
+
+    def host_identity(self) -> str:
+        """Of `kvtransfer.shm`; "" where no memory is shared."""
+        if not self._host_identity and self._transports != "grpc":
+            self._host_identity = host_identity(self._shm_dir)
+        return self._host_identity
 
     def _left(self, pull: _Pull) -> float:
         return max(0.0, pull.deadline - self._clock())
@@ -502,7 +507,7 @@ class Receiver:
             ok=not failure,
             reason=failure[:500],
         )
-        self._peers.hold(peer)
+        self.peers.hold(peer)
         work = self._finish(peer, request)
         task = asyncio.get_running_loop().create_task(work, name=f"kv-finish-{pull.transfer_id}")
         self._finishes.add(task)
@@ -510,11 +515,11 @@ class Receiver:
 
     async def _finish(self, peer: Peer, request: pb.FinishRequest) -> None:
         try:
-            await peer.stub.Finish(request, metadata=self._metadata, timeout=FINISH_SECONDS)
+            await peer.stub.Finish(request, metadata=self.metadata, timeout=FINISH_SECONDS)
         except grpc.aio.AioRpcError as error:
             logger.info("finish of %s at %s: %s", request.transfer_id, peer, error.details())
         finally:
-            await self._peers.give_back(peer)
+            await self.peers.give_back(peer)
 
     async def _cancel_pulls(self) -> None:
         pulls = tuple(self._pulls)

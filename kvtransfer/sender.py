@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer import metrics
 from kvtransfer.errors import TransferError, TransferErrorCode
+from kvtransfer.images import IMAGE_PREFIX, Images
 from kvtransfer.pool import BlockStore
 from kvtransfer.runs import Run, blocks_of, runs_of
 
@@ -117,6 +118,7 @@ class Sender:
         self._ended: OrderedDict[str, tuple[TransferState, str]] = OrderedDict()
         self._wakes: dict[str, set[Wake]] = {}
         self._idle_wakes: set[Wake] = set()
+        self.images: Images | None = None  # of weights, which are read as transfers are
         self._store: BlockStore | None = None
         self._pool_id = ""
         if store is not None:
@@ -292,10 +294,13 @@ class Sender:
     def check_read(
         self, transfer_id: str, receiver: str, runs: Sequence[Run], generations: Sequence[int]
     ) -> BlockStore:
-        """The store to read `runs` from. Only announced blocks may be read, in the announced generation.
+        """The store to read `runs` from. Only announced blocks may be read, in the announced generation;
+        of an image of weights, only what was granted.
 
         Raises TransferError otherwise.
         """
+        if self.images is not None and transfer_id.startswith(IMAGE_PREFIX):
+            return self.images.check_read(transfer_id, receiver, runs, generations)
         transfer = self._access(transfer_id, receiver)
         sized = sum(run.count for run in runs) == len(generations)  # before runs are spelled out
         blocks = blocks_of(runs) if sized else []
@@ -315,6 +320,8 @@ class Sender:
 
     def renew(self, transfer_id: str, receiver: str) -> float:
         """Extends the lease; returns its length in seconds. Raises TransferError for an ended transfer."""
+        if transfer_id.startswith(IMAGE_PREFIX):
+            return self.lease_seconds  # a feed's stream is its lease
         transfer = self._access(transfer_id, receiver)
         with self._lock:
             if transfer.state is TransferState.COMPLETE:

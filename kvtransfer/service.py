@@ -22,6 +22,8 @@ from deepflow.v1 import kvtransfer_pb2 as pb
 from kvtransfer import metrics
 from kvtransfer.checks import checksums
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable, status_of
+from kvtransfer.feeds import WeightFeeds
+from kvtransfer.images import Description, Images
 from kvtransfer.layout import KVLayout, LayoutMismatch
 from kvtransfer.pool import BlockStore, HostPool
 from kvtransfer.sender import Chunk, Sender
@@ -72,8 +74,10 @@ class KVTransferService:
         max_watches: int = MAX_WATCHES,
         watch_grace: float = WATCH_GRACE_SECONDS,
         lend: Lend | None = None,
+        images: Images | None = None,
     ) -> None:
-        """`lend` opens transfers of what is cached; without it nothing is lent."""
+        """`lend` opens transfers of what is cached; without it nothing is lent. `images` are weights that
+        may be read; without them none are fed."""
         self.sender = sender
         self._shm_dir = shm_dir
         self._host_identity = ""
@@ -94,6 +98,8 @@ class KVTransferService:
         self._max_watches = max_watches
         self._watch_grace = watch_grace
         self._lend = lend
+        sender.images = images
+        self._feeds = None if images is None else WeightFeeds(images, self._image_end)
         self._reaper: asyncio.Task[None] | None = None
 
     # -- life ---------------------------------------------------------------------------------
@@ -116,6 +122,14 @@ class KVTransferService:
                         "Finish": unary(self.finish, pb.FinishRequest, pb.FinishResponse),
                         "OpenPrefix": unary(self.open_prefix, pb.OpenPrefixRequest, pb.OpenPrefixResponse),
                         "Meet": unary(self.meet, pb.MeetRequest, pb.MeetResponse),
+                        "DescribeWeights": unary(
+                            self.describe_weights, pb.DescribeWeightsRequest, pb.DescribeWeightsResponse
+                        ),
+                        "FeedWeights": grpc.stream_stream_rpc_method_handler(
+                            self.feed_weights,
+                            request_deserializer=pb.FeedWeightsRequest.FromString,
+                            response_serializer=pb.FeedWeightsResponse.SerializeToString,
+                        ),
                         "Watch": grpc.unary_stream_rpc_method_handler(
                             self.watch,
                             request_deserializer=pb.WatchRequest.FromString,
@@ -212,13 +226,15 @@ class KVTransferService:
             host_identity=self._host_identity,
             shm_socket=self._shm_socket if shared and isinstance(store, HostPool) else "",
             pool_id=pool_id,
-            offers=[
-                pb.TransportOffer(name=name, address=address)
-                for name, address in self._offers.items()
-                if shared or name != "unix"
-            ]
-            + ([] if registered is None else [registered]),
+            offers=[*self._socket_offers(shared), *([] if registered is None else [registered])],
         )
+
+    def _socket_offers(self, shared: bool) -> list[pb.TransportOffer]:
+        return [
+            pb.TransportOffer(name=name, address=address)
+            for name, address in self._offers.items()
+            if shared or name != "unix"
+        ]
 
     async def _register(self, store: BlockStore, pool_id: str) -> pb.TransportOffer | None:
         """The configured library's offer; made once for each pool, None without it."""
@@ -369,6 +385,43 @@ class KVTransferService:
             await _abort(context, error)
         metrics.PREFIXES_LENT.inc()
         return pb.OpenPrefixResponse(transfer_id=transfer_id, blocks=blocks)
+
+    # -- weights ------------------------------------------------------------------------------
+
+    def _image_end(self, image: Description, host: str) -> pb.HandshakeResponse:
+        shared = bool(self._host_identity) and host == self._host_identity
+        return pb.HandshakeResponse(
+            te_id=self.sender.te_id,
+            incarnation=self.sender.incarnation,
+            num_blocks=image.blocks,
+            host_identity=self._host_identity,
+            shm_socket=self._shm_socket if shared else "",
+            pool_id=image.name,
+            offers=self._socket_offers(shared),
+        )
+
+    async def describe_weights(
+        self, request: pb.DescribeWeightsRequest, context: Context
+    ) -> pb.DescribeWeightsResponse:
+        try:
+            return self._weights().describe(request)
+        except TransferError as error:
+            await _abort(context, error)
+
+    async def feed_weights(
+        self, requests: AsyncIterator[pb.FeedWeightsRequest], context: Context
+    ) -> AsyncIterator[pb.FeedWeightsResponse]:
+        try:
+            async with contextlib.aclosing(self._weights().feed(requests)) as granted:
+                async for grant in granted:
+                    yield grant
+        except TransferError as error:
+            await _abort(context, error)
+
+    def _weights(self) -> WeightFeeds:
+        if self._feeds is None:
+            raise TransferError(TransferErrorCode.NOT_CACHED, "no weights are fed here")
+        return self._feeds
 
     def _take_back(self, opening: asyncio.Future[tuple[str, int]]) -> None:
         if not opening.cancelled() and opening.exception() is None:

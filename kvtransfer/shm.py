@@ -1,6 +1,6 @@
 """Passing a pool's descriptor to a peer on the same host: a unix socket with SCM_RIGHTS.
 
-    peer --> {"version":1,"token":…,"incarnation":…}\\n
+    peer --> {"version":1,"token":…,"incarnation":…[,"image":…]}\\n
     peer <-- {"ok":true,"pool_id":…,"num_blocks":…}\\n  with one descriptor   |  {"ok":false,"reason":…}\\n
 
 Both ends check that the other runs under the same user (SO_PEERCRED), the server also the cluster
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from kvtransfer.auth import token_matches
 from kvtransfer.errors import TransportUnavailable
+from kvtransfer.images import ImageStore
 from kvtransfer.listener import Listener, peer_uid
 from kvtransfer.pool import HostPool
 from kvtransfer.sender import Sender
@@ -83,16 +84,24 @@ class PoolServer:
             async with asyncio.timeout(EXCHANGE_SECONDS):
                 request = json.loads(await _read_line(connection))
                 reason = self._refusal(connection, request)
-                store = self._sender.store
-                if reason or not isinstance(store, HostPool) or store.fd < 0:
-                    answer = {"ok": False, "reason": reason or "no pool in host memory"}
+                store, pool_id = (None, "") if reason else self._asked(str(request.get("image", "")))
+                if store is None or store.fd < 0:
+                    answer = {"ok": False, "reason": reason or "no such memory on this host"}
                     await loop.sock_sendall(connection, _line(answer))
                     return
-                answer = {"ok": True, "pool_id": self._sender.pool_id, "num_blocks": store.num_blocks}
+                answer = {"ok": True, "pool_id": pool_id, "num_blocks": store.num_blocks}
                 # A fresh socket's buffer is empty: this line always fits and does not block.
                 socket.send_fds(connection, [_line(answer)], [store.fd])
         except (OSError, ValueError, TimeoutError) as error:
             logger.warning("pool socket: a peer's request failed: %s", error)
+
+    def _asked(self, image: str) -> tuple[HostPool | ImageStore | None, str]:
+        """The pool, or an image of weights that is being fed; and what it is called."""
+        if image:
+            images = self._sender.images
+            return (None if images is None else images.store_of(image)), image
+        store = self._sender.store
+        return (store if isinstance(store, HostPool) else None), self._sender.pool_id
 
     def _refusal(self, connection: socket.socket, request: object) -> str:
         if peer_uid(connection) != os.getuid():
@@ -106,8 +115,9 @@ class PoolServer:
         return ""
 
 
-async def request_pool(path: Path, incarnation: str, token: str) -> PassedPool:
-    """Asks the peer that listens at `path` for its pool. Raises TransportUnavailable."""
+async def request_pool(path: Path, incarnation: str, token: str, image: str = "") -> PassedPool:
+    """Asks the peer that listens at `path` for its pool, or for an image of weights that it feeds us. Raises
+    TransportUnavailable."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
         try:
@@ -116,6 +126,8 @@ async def request_pool(path: Path, incarnation: str, token: str) -> PassedPool:
                 if peer_uid(connection) != os.getuid():
                     raise TransportUnavailable("user", "the pool socket belongs to another user")
                 request = {"version": SOCKET_VERSION, "token": token, "incarnation": incarnation}
+                if image:
+                    request["image"] = image
                 await loop.sock_sendall(connection, _line(request))
                 await _readable(connection)
                 data, fds, _, _ = socket.recv_fds(connection, MAX_LINE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)

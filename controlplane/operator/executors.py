@@ -29,6 +29,7 @@ from controlplane.api.resources.modelserving import Role
 from controlplane.api.resources.names import PORT_FETCH, PORT_GRPC
 from controlplane.fleet.cards import revision_of
 from controlplane.operator import metrics
+from controlplane.operator.plan.forks import fork_sources
 from controlplane.operator.plan.values import Te, TeState
 from kvtransfer.auth import call_metadata
 from kvtransfer.channel import open_channel
@@ -49,6 +50,10 @@ FETCH_SECONDS = 3600.0
 HUNG_STEP_SECONDS = 120.0
 RETRY_FIRST_SECONDS = 1.0
 RETRY_MAX_SECONDS = 60.0
+MAX_HASHES = 1024
+"""Models whose content is remembered (ours), so that it need not be fetched to be named."""
+NO_FILE = "/none"
+"""A path where nothing lies: the weights come from other executors alone."""
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +133,9 @@ class _Known:
     load_hopeless: bool = False
     progress: float = 0.0
     next_load: float = 0.0
+    incarnation: str = ""
+    weight_cache: bool = False  # it can be fed weights, and feed others
+    loading: str = ""  # revision that it was told to load and has not loaded yet
 
 
 class LoadFailed(Exception):
@@ -162,6 +170,7 @@ class Executors:
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(MAX_CALLS)
         self._session: aiohttp.ClientSession | None = None
+        self._hashes: OrderedDict[str, str] = OrderedDict()  # SHA-256 by URI, of what executors have loaded
 
     # -- what others see ---------------------------------------------------------------------------------
 
@@ -312,6 +321,7 @@ class Executors:
             status = await self._stub(known).GetStatus(
                 worker_pb2.GetStatusRequest(), metadata=self._metadata_of(known), timeout=STATUS_SECONDS
             )
+            known.incarnation, known.weight_cache = status.record.incarnation, status.record.weight_cache
             known.te, known.load = _te_of(status, known.address.te_id, self._wall()), status.load
         except grpc.aio.AioRpcError as error:
             known.te = self._silent(before, f"{error.code().name}: {error.details()}")
@@ -371,21 +381,15 @@ class Executors:
     async def _load(self, uid: str, known: _Known, target: Target) -> None:
         decided = time.time()
         try:
-            path, sha256 = await self._fetch(uid, known, target.uri)
-            known.progress = 0.5
-            self._on_change(uid)
-            request = worker_pb2.LoadModelRequest(
-                model_revision=target.revision(sha256),
-                path=path,
-                dtype=target.dtype,
-                kv_cache_bytes=target.kv_cache_bytes,
-                max_model_len=target.max_model_len,
-                quantization=target.quantization,
-                decided_unix_ms=int(decided * 1000),
-            )
-            await self._stub(known).LoadModel(
-                request, metadata=self._metadata_of(known), timeout=LOAD_SECONDS
-            )
+            if not await self._fork(uid, known, target, decided):
+                path, sha256 = await self._fetch(uid, known, target.uri)
+                self._hashes[target.uri] = sha256
+                self._hashes.move_to_end(target.uri)
+                if len(self._hashes) > MAX_HASHES:
+                    self._hashes.popitem(last=False)
+                known.progress = 0.5
+                self._on_change(uid)
+                await self._send(uid, known, target, target.revision(sha256), path, decided)
         except LoadFailed as error:
             self._load_failed(uid, known, str(error), hopeless=error.hopeless)
             return
@@ -396,7 +400,61 @@ class Executors:
                 message = f"the executor cannot load it: {error.details()}"
                 self._load_failed(uid, known, message, hopeless=error.code() in _HOPELESS)
             raise
+        finally:
+            known.loading = ""
         known.failures, known.load_error, known.load_hopeless, known.progress = 0, "", False, 1.0
+
+    async def _fork(self, uid: str, known: _Known, target: Target, decided: float) -> bool:
+        """Loads from executors that have the weights, without fetching the model; False where that cannot be.
+        Raises AioRpcError for an executor that is gone."""
+        sha256 = self._hashes.get(target.uri)
+        if sha256 is None or not known.weight_cache or not self._sources(uid, target.revision(sha256)):
+            return False
+        try:
+            await self._send(uid, known, target, target.revision(sha256), NO_FILE, decided)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise
+            log.info("%s cannot be fed %s: %s", known.address.te_id, target.model_id, error.details())
+            return False
+        return True
+
+    async def _send(  # noqa: PLR0917  one call's parts
+        self, uid: str, known: _Known, target: Target, revision: str, path: str, decided: float
+    ) -> None:
+        sources = self._sources(uid, revision)
+        known.loading = revision
+        request = worker_pb2.LoadModelRequest(
+            model_revision=revision,
+            path=path,
+            dtype=target.dtype,
+            kv_cache_bytes=target.kv_cache_bytes,
+            max_model_len=target.max_model_len,
+            quantization=target.quantization,
+            decided_unix_ms=int(decided * 1000),
+            fork_from=[
+                worker_pb2.WeightPeer(
+                    te_id=source.address.te_id, incarnation=source.incarnation, address=source.address.grpc
+                )
+                for source in sources
+            ],
+        )
+        await self._stub(known).LoadModel(request, metadata=self._metadata_of(known), timeout=LOAD_SECONDS)
+
+    def _sources(self, uid: str, revision: str) -> list[_Known]:
+        """Who may feed an executor the weights of `revision`: those that serve it, and those that began to
+        load it earlier, so that nobody waits in a circle."""
+        ready: list[_Known] = []
+        earlier: list[_Known] = []
+        for other, known in self._known.items():
+            te = known.te
+            if other == uid or te is None or not known.weight_cache:
+                continue
+            if te.state is TeState.READY and te.revision == revision:
+                ready.append(known)
+            elif known.loading == revision:
+                earlier.append(known)
+        return fork_sources(ready, earlier)
 
     def _load_failed(self, uid: str, known: _Known, message: str, *, hopeless: bool) -> None:
         known.failures += 1

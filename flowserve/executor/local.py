@@ -17,7 +17,7 @@ from flowserve.executor.batch import flatten
 from flowserve.executor.interface import QUANTIZATIONS, ModelInfo, SampleSpec, SequenceSlice, SliceResult
 from flowserve.models.errors import UnsupportedModel
 from flowserve.models.loader import open_model, parse_dtype
-from flowserve.models.weight_cache import WeightCache
+from flowserve.models.weight_cache import Feed, Named, WeightCache
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import BlockStore, PoolError
@@ -33,7 +33,8 @@ class Opening:
 
     weights_seconds: float = 0.0  # until the model could compute
     pool_seconds: float = 0.0  # from there until it had its pool
-    in_node_memory: bool = False  # the weights were there in the form that is computed with
+    weights: str = ""  # "hit": they lay in the node's memory, "forked": another executor fed them
+    image: Named | None = None  # what may be fed to others
 
 
 class LocalExecutor:
@@ -120,13 +121,14 @@ def open_executor(
     quantization: str = "",
     tensor_parallel: int = 1,
     weights: WeightCache | None = None,
+    feed: Feed | None = None,
 ) -> LocalExecutor:
     """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`.
 
     `dtype` is that of KV pages and, without `quantization` (interface.QUANTIZATIONS), of the weights.
     With `tensor_parallel` ranks the model, the pool and the threads are shared out over as many processes,
     of which this is the first, on devices counted up from `device`. With `weights` they are taken from the
-    node's cache, or put there for the next (not where ranks share them).
+    node's cache, or put there for the next (not where ranks share them): from `feed`, where that has them.
 
     Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
     DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
@@ -138,7 +140,7 @@ def open_executor(
     where: Device = open_device(device)
     where.set_threads(threads)
     began = time.perf_counter()
-    cached = weights.open(path) if weights is not None and tensor_parallel == 1 else None
+    cached = weights.open(path, feed) if weights is not None and tensor_parallel == 1 else None
     source: WeightSource = cached or open_model(path)
     config = source.config
     kind = parse_dtype(dtype)
@@ -206,6 +208,10 @@ def open_executor(
         dtype=layout.dtype,
         quantization=quantization,
     )
-    hit = cached is not None and cached.used == "hit"
-    opening = Opening(loaded - began, time.perf_counter() - loaded, hit)
+    opening = Opening(
+        loaded - began,
+        time.perf_counter() - loaded,
+        cached.used or "" if cached is not None else "",
+        cached.named if cached is not None else None,
+    )
     return LocalExecutor(model, pool, info, opening)

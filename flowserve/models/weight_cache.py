@@ -11,16 +11,22 @@ section 6.2: weights are pre-loaded into host memory and shared).
     <folder>/<content>-<form>/uses.json   uses, halved every hour: the least needed image goes first
     <folder>/.building-<nn>               locks: one process converts a model, the others wait for its image
     <folder>/.draft-*                     conversions under way, locked as long as their process lives
+    <folder>/.reserve/weights             memory set aside for the next image, zeroed
     <folder>/.account                     lock of those who add or evict
 
 An image is referenced by a shared lock on its file, so the system counts, crashes included. A process may
 not change a published image; one whose file is not as it was published is removed and made again.
+
+Where other executors have an image it comes from them (`Feed`; DeepServe, section 6.3: fork), and only then
+is storage read. What they say of a model counts for this start alone: the file here, if there is one, is
+noted when it was read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -35,7 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,10 +50,12 @@ from prometheus_client import Counter, Gauge
 from flowserve.models.config import ModelConfig, RopeScaling
 from flowserve.models.loader import open_model
 from flowserve.models.weights import WeightSource
+from kvtransfer.images import BLOCK_BYTES
+from kvtransfer.native import populate_read, protect
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder's files: another one starts anew."""
 HALF_LIFE_SECONDS = 3600.0
 """What was used an hour ago counts half (ours: models that are woken daily lose to those used hourly)."""
@@ -58,12 +66,14 @@ MAX_SOURCES = 256
 """Model files of a node that are remembered (ours); the oldest notes go first."""
 HASH_CHUNK = 4 << 20
 FOLDER_MODE = 0o700
+RESERVE = ".reserve"
 _POPULATED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 """All pages are mapped in one go, which takes a fraction of as many faults."""
 
 LOOKUPS = Counter(
     "deepflow_te_weight_cache_lookups",
-    "Weights asked of the node's cache: `hit`, `built` here, `waited` for another's, `private` (no room).",
+    "Weights asked of the node's cache: `hit`, `built` here, `forked` from another executor, `waited` for"
+    " another's, `private` (no room).",
     ("result",),
 )
 HELD = Gauge("deepflow_te_weight_cache_bytes", "Bytes in the node's weight cache when last looked at.")
@@ -73,6 +83,33 @@ TORN = Counter("deepflow_te_weight_cache_torn", "Images that were not as they we
 
 class NoRoom(Exception):
     """The image does not fit the cache's bound or the node's memory."""
+
+
+class FeedLost(Exception):
+    """No executor can feed the image (any more): storage has to serve."""
+
+
+class Feed(Protocol):
+    """An image that other executors have. On the thread that loads."""
+
+    content: str
+    form: str
+    size: int  # bytes of the image's file
+    config: bytes  # as `config_bytes` writes it
+
+    def fill(self, mapping: mmap.mmap, fd: int) -> None:
+        """Writes the image to shared memory of `size` bytes, the file `fd`. Raises FeedLost."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An image in this cache, as others can ask for it."""
+
+    content: str
+    form: str
+    size: int  # bytes of its file
+    config: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +131,9 @@ class Image:
     """A mapped image. The memory stays until `close`; nobody may write to it."""
 
     def __init__(self, mapping: mmap.mmap, fd: int, size: int, result: str) -> None:
-        self._mapping, self._fd = mapping, fd
+        self._mapping, self.fd = mapping, fd
         self.size = size
-        self.result = result  # "hit" | "built" | "waited"
+        self.result = result  # "hit" | "built" | "forked" | "waited"
         self.base = _address(mapping)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -109,10 +146,11 @@ class Image:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)  # the lock goes with it
-            self._fd = -1
-            self._mapping.close()
+        if self.fd >= 0:
+            os.close(self.fd)  # the lock goes with it
+            self.fd = -1
+            with contextlib.suppress(BufferError):  # others are being fed out of it: it goes with them
+                self._mapping.close()
 
 
 class WeightCache:
@@ -127,9 +165,23 @@ class WeightCache:
             raise PermissionError(f"{folder} must belong to this user and be writable for nobody else")
         (folder / "sources").mkdir(mode=FOLDER_MODE, exist_ok=True)
 
-    def open(self, path: str | Path) -> CachedSource:
-        """The weight source at `path`. Raises ModelNotFound, UnsupportedModel, BadWeights."""
-        return CachedSource(self, Path(path))
+    def open(self, path: str | Path, feed: Feed | None = None) -> CachedSource:
+        """The weight source at `path`, whose image `feed` may have: then nothing needs to lie there. Raises
+        ModelNotFound, UnsupportedModel, BadWeights."""
+        return CachedSource(self, Path(path), feed)
+
+    def opened(self, named: Named) -> int | None:
+        """A descriptor of an image's file that keeps it from being evicted; None where there is none."""
+        found = self._sealed(self._folder / f"{named.content}-{named.form}")
+        return None if found is None else found[0]
+
+    def reserve(self, size: int) -> None:
+        """Sets `size` bytes of memory aside for the next image, taken and zeroed, where there is room beside
+        what is held and none are set aside: an image is then made without waiting for memory. Blocks."""
+        if (self._folder / RESERVE).exists():
+            return
+        with contextlib.suppress(NoRoom, OSError), self._draft(whole_blocks(size), evict=False) as draft:
+            draft.folder.rename(self._folder / RESERVE)
 
     def image(self, source: CachedSource, form: str, size: int, fill: Callable[[int], None]) -> Image | None:
         """The image of `source` in `form`, `size` bytes; where there is none, `fill(address)` makes it in
@@ -141,11 +193,17 @@ class WeightCache:
         if (image := self._published(source, form, "hit")) is None:
             try:
                 with self._building(source, form):
-                    image = self._published(source, form, "waited") or self._build(source, form, size, fill)
+                    image = (
+                        self._published(source, form, "waited")
+                        or self._receive(source, form, size)
+                        or self._build(source, form, size, fill)
+                    )
             except (NoRoom, OSError) as error:
                 log.warning("weights of %s are kept in this process alone: %s", source.path, error)
                 image = None
         source.used = image.result if image is not None else "private"
+        if image is not None and (content := source.recalled()) is not None:
+            source.named = Named(content, form, image.size, config_bytes(source.config))
         LOOKUPS.labels(source.used).inc()
         return image
 
@@ -163,6 +221,21 @@ class WeightCache:
 
     def _map(self, folder: Path, result: str) -> Image | None:
         """The image in `folder`, None where there is none (any more)."""
+        found = self._sealed(folder)
+        if found is None:
+            return None
+        fd, size = found
+        try:
+            mapping = mmap.mmap(fd, size, _POPULATED, mmap.PROT_READ)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Image(mapping, fd, size, result)
+
+    @staticmethod
+    def _sealed(folder: Path) -> tuple[int, int] | None:
+        """The file of the image in `folder`, locked against removal, and its size; None where there is none
+        (any more)."""
         try:
             fd = os.open(folder / "weights", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -180,12 +253,11 @@ class WeightCache:
                 os.close(fd)
                 shutil.rmtree(folder, ignore_errors=True)
                 return None
-            mapping = mmap.mmap(fd, stat.st_size, _POPULATED, mmap.PROT_READ)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.close(fd)
             raise
-        return Image(mapping, fd, stat.st_size, result)
+        return fd, stat.st_size
 
     def _use(self, folder: Path) -> None:
         now = self._clock()
@@ -213,41 +285,112 @@ class WeightCache:
     def _build(self, source: CachedSource, form: str, size: int, fill: Callable[[int], None]) -> Image:
         """Raises NoRoom, OSError, and what `fill` raises."""
         digest = _Background(source.digest)  # reads what the conversion reads: one pass over storage
-        draft = self._folder / f".draft-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            draft.mkdir(mode=FOLDER_MODE)
-            fd = os.open(draft / "weights", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                self._make_room(fd, size)
-                with mmap.mmap(fd, size, _POPULATED) as mapping:
-                    fill(_address(mapping))
-                os.fchmod(fd, 0o400)
+            with self._draft(whole_blocks(size)) as draft:
+                fill(_address(draft.mapping))
                 content = digest.result()
-                final = self._folder / f"{content}-{form}"
-                with contextlib.suppress(OSError):  # the same content from another path is there already
-                    draft.rename(final)
-                    _write(final / "seal.json", asdict(_Seal.of(os.fstat(fd))))
-            finally:
-                os.close(fd)
+                image = self._publish(draft, content, form, "built")
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
             digest.join()
         source.know(content)
-        image = self._published(source, form, "built")
+        image = image or self._published(source, form, "built")
         if image is None:
             raise NoRoom("its image was removed at once")
         return image
 
-    def _make_room(self, fd: int, size: int) -> None:
-        """Evicts what is needed least until `size` bytes fit the bound, and takes them. Raises NoRoom."""
+    def _receive(self, source: CachedSource, form: str, size: int) -> Image | None:
+        """The image from other executors; None where they have none of this form, or cannot finish. Raises
+        NoRoom, OSError."""
+        feed = source.feed
+        if feed is None:
+            return None
+        if (feed.form, feed.size) != (form, whole_blocks(size)):
+            log.warning("weights of %s are fed as %s, needed as %s", source.path, feed.form, form)
+            return None
+        try:
+            with self._draft(feed.size) as draft:
+                feed.fill(draft.mapping, draft.fd)
+                image = self._publish(draft, feed.content, form, "forked")
+        except FeedLost as lost:
+            log.warning("weights of %s come from storage: %s", source.path, lost)
+            source.feed = None
+            return None
+        return image or self._published(source, form, "forked")
+
+    @contextlib.contextmanager
+    def _draft(self, size: int, *, evict: bool = True) -> Iterator[_Draft]:
+        """An image in the making, `size` bytes of zeros; gone afterwards unless it was published. Raises
+        NoRoom, OSError."""
+        folder = self._folder / f".draft-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            fd = self._reserved(folder, size) if evict else None
+            if fd is None:
+                folder.mkdir(mode=FOLDER_MODE)
+                fd = os.open(folder / "weights", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                fresh = True
+            else:
+                fresh = False
+            draft = None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                if fresh:
+                    self._make_room(fd, size, evict=evict)
+                draft = _Draft(folder, fd, mmap.mmap(fd, size))
+                populate_read(memoryview(draft.mapping))
+                yield draft
+            finally:
+                if draft is None or not draft.published:
+                    if draft is not None:
+                        with contextlib.suppress(BufferError):  # others are being fed out of it
+                            draft.mapping.close()
+                    fcntl.flock(fd, fcntl.LOCK_UN)  # a mapping that lives has a descriptor of its own
+                    os.close(fd)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _reserved(self, folder: Path, size: int) -> int | None:
+        """The memory that was set aside, as a draft in `folder`; None where it is too small, or not there."""
+        try:
+            fd = os.open(self._folder / RESERVE / "weights", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_size < size:
+                raise OSError(errno.ENOSPC, "too small")
+            (self._folder / RESERVE).rename(folder)
+            os.ftruncate(fd, size)
+        except OSError:
+            os.close(fd)
+            return None
+        return fd
+
+    def _publish(self, draft: _Draft, content: str, form: str, result: str) -> Image | None:
+        """Makes it an image that nobody may change, mapped; None where the same content, from another path,
+        is there already."""
+        os.fchmod(draft.fd, 0o400)
+        final = self._folder / f"{content}-{form}"
+        try:
+            draft.folder.rename(final)
+        except OSError:
+            return None
+        _write(final / "seal.json", asdict(_Seal.of(os.fstat(draft.fd))))
+        protect(memoryview(draft.mapping))
+        fcntl.flock(draft.fd, fcntl.LOCK_SH)  # whoever waited for the draft maps it now
+        draft.published = True
+        self._use(final)
+        return Image(draft.mapping, draft.fd, len(draft.mapping), result)
+
+    def _make_room(self, fd: int, size: int, *, evict: bool) -> None:
+        """Evicts what is needed least, if it may, until `size` bytes fit the bound, and takes them. Raises
+        NoRoom."""
         with _locked(self._folder / ".account", BUILD_SECONDS):
             held = self._held()
             now = self._clock()
             if size > self._max_bytes:
                 raise NoRoom(f"{size} bytes exceed the cache's {self._max_bytes}")
             for folder in sorted(held, key=lambda folder: self._uses(folder, now)):
-                if sum(held.values()) + size <= self._max_bytes:
+                if sum(held.values()) + size <= self._max_bytes or not evict:
                     break
                 if self._remove_unused(folder):
                     EVICTIONS.inc()
@@ -304,12 +447,24 @@ class WeightCache:
             _write(folder / f"{identity}.json", value)
 
 
+@dataclass(slots=True)
+class _Draft:
+    folder: Path
+    fd: int
+    mapping: mmap.mmap
+    published: bool = False  # both are an image's now
+
+
 class CachedSource:
     """A weight source that knows the cache. The file is opened when a tensor is first asked for."""
 
-    def __init__(self, cache: WeightCache, path: Path) -> None:
-        """Raises ModelNotFound, UnsupportedModel, BadWeights where nothing is noted of the file."""
+    def __init__(self, cache: WeightCache, path: Path, feed: Feed | None = None) -> None:
+        """Raises ModelNotFound, UnsupportedModel, BadWeights where nothing is noted of the file, and nobody
+        feeds it."""
         self.path = path
+        self.feed = feed
+        self.named: Named | None = None
+        """The image that is mapped; None while, or where, there is none."""
         self._cache = cache
         self._opened: WeightSource | None = None
         self._opening = threading.Lock()
@@ -321,10 +476,13 @@ class CachedSource:
         """What `LOOKUPS` counted last: "hit" where the weights lay in the node's memory."""
         noted = cache.noted(self.identity)
         config = None if noted is None else _config(noted)
-        if config is None or noted is None:
-            self._config = self._source().config
-        else:
+        if config is not None and noted is not None:
             self._config, self.content = config, noted["content"]
+        elif feed is not None and (config := read_config(feed.config)) is not None:
+            self._config = config
+        else:
+            self.feed = None
+            self._config = self._source().config
 
     @property
     def config(self) -> ModelConfig:
@@ -338,9 +496,11 @@ class CachedSource:
         return self._cache.image(self, form, size, fill)
 
     def recalled(self) -> str | None:
-        """The content's digest as far as anybody on the node knows it by now."""
+        """The content's digest as far as anybody on the node, or who feeds it, knows by now."""
         if self.content is None and (noted := self._cache.noted(self.identity)) is not None:
             self.content = noted["content"] if _config(noted) is not None else None
+        if self.content is None and self.feed is not None:
+            return self.feed.content
         return self.content
 
     def know(self, content: str) -> None:
@@ -416,13 +576,38 @@ def _config(noted: dict[str, Any]) -> ModelConfig | None:
     """The shape noted of a source; None for what another version wrote."""
     if noted.get("format") != FORMAT or not isinstance(noted.get("content"), str):
         return None
+    return _shape(noted.get("config"))
+
+
+def config_bytes(config: ModelConfig) -> bytes:
+    """A model's shape for another executor."""
+    return json.dumps({"format": FORMAT, "config": asdict(config)}).encode()
+
+
+def read_config(data: bytes) -> ModelConfig | None:
+    """What `config_bytes` wrote; None for what another version wrote."""
     try:
-        value = dict(noted["config"])
+        value = json.loads(data)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        return None
+    return _shape(value.get("config"))
+
+
+def _shape(found: Any) -> ModelConfig | None:
+    try:
+        value = dict(found)
         scaling = value.pop("rope_scaling")
         value["eos_token_ids"] = tuple(value["eos_token_ids"])
         return ModelConfig(rope_scaling=None if scaling is None else RopeScaling(**scaling), **value)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def whole_blocks(size: int) -> int:
+    """Bytes of the file of an image of `size`: it can be fed."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _address(mapping: mmap.mmap) -> int:

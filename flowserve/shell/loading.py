@@ -17,13 +17,15 @@ from flowserve.engine.types import Role, StepEvent
 from flowserve.executor.interface import QUANTIZATIONS
 from flowserve.shell.start import Start, process_age, start_of
 from kvtransfer.pool import available_memory
+from kvtransfer.weights import WeightPeer
 
 if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
     from flowserve.engine.engine import Engine
     from flowserve.executor.interface import Executor
-    from flowserve.models.weight_cache import WeightCache
+    from flowserve.models.weight_cache import Feed, Named, WeightCache
     from flowserve.rtc import RTC
     from flowserve.rtc.disk import DiskTier
+    from flowserve.shell.forks import Forks
     from flowserve.shell.handover import Handover
     from flowserve.shell.settings import Settings
     from kvtransfer.pool import BlockStore
@@ -64,6 +66,7 @@ class LoadSpec:
     max_model_len: int = 0  # 0 = the model's own
     tensor_parallel: int = 0  # 0 = the executor's own degree; another than that is refused
     quantization: str = ""
+    fork_from: tuple[WeightPeer, ...] = field(default=(), compare=False)  # who may have the weights
     decided_unix: float = field(default=0.0, compare=False)  # when it was decided; 0 = not told
 
     def check(self) -> None:
@@ -77,7 +80,7 @@ class LoadSpec:
         if self.quantization not in QUANTIZATIONS:
             known = ", ".join(filter(None, QUANTIZATIONS))
             raise LoadFailed(LoadReason.UNSUPPORTED, f"quantization {self.quantization!r} is none of {known}")
-        if not os.path.exists(self.path):
+        if not self.fork_from and not os.path.exists(self.path):
             raise LoadFailed(LoadReason.NOT_FOUND, f"no model at {self.path}")
         free = available_memory()
         if self.kv_cache_bytes > free:
@@ -97,6 +100,7 @@ class Model:
     engine: Engine
     store: BlockStore
     start: Start
+    image: Named | None = None  # its weights in the node's cache
     load_seconds: float = 0.0
 
     @property
@@ -128,14 +132,22 @@ class Model:
 class Loader:
     """Builds models for one process. `preload` makes the first load cheap."""
 
-    def __init__(self, settings: Settings, handover: Handover, on_event: Callable[[StepEvent], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        handover: Handover,
+        on_event: Callable[[StepEvent], None],
+        forks: Forks | None = None,
+    ) -> None:
+        """`forks` brings weights from other executors; without it they come from storage."""
         self._settings = settings
+        self._forks = forks
         self._handover = handover
         self._on_event = on_event
         self._lock = threading.Lock()
         self._preloaded = False
         self._ready_age = 0.0  # of the process when its libraries were ready, seconds
-        self._weights: WeightCache | None = None
+        self.weights: WeightCache | None = None
 
     def preload(self) -> None:
         """Imports the libraries, readies the device. Blocks; repeatable, from any thread.
@@ -155,7 +167,9 @@ class Loader:
 
             torch.set_num_threads(self._settings.threads)
             open_device(self._settings.device)  # its driver is up, or this process is of no use
-            self._weights = self._weight_cache()
+            self.weights = self._weight_cache()
+            if self.weights is not None and self._settings.weights_reserve_bytes:
+                self.weights.reserve(self._settings.weights_reserve_bytes)
             self._ready_age = process_age()
             gc.collect()
             gc.freeze()  # what was imported is never garbage: collections need not look at it again
@@ -190,7 +204,8 @@ class Loader:
                 threads=settings.threads,
                 quantization=spec.quantization,
                 tensor_parallel=settings.tensor_parallel,
-                weights=self._weights,
+                weights=self.weights,
+                feed=self._feed(spec),
             )
             opened = time.perf_counter()
         except FileNotFoundError as error:
@@ -221,14 +236,20 @@ class Loader:
         opening = executor.opening
         start = start_of(
             cold=cold,
-            in_node_memory=opening.in_node_memory,
+            weights=opening.weights,
             decided_unix=spec.decided_unix,
             asked_unix=asked,
             ready_age=self._ready_age,
             load=opening.weights_seconds,
             post_load=opening.pool_seconds + time.perf_counter() - opened,
         )
-        return Model(spec, executor, cache, engine, executor.store, start)
+        return Model(spec, executor, cache, engine, executor.store, start, opening.image)
+
+    def _feed(self, spec: LoadSpec) -> Feed | None:
+        """None where nobody has them, or without a cache: an image is kept there."""
+        if self._forks is None or self.weights is None or not spec.fork_from:
+            return None
+        return self._forks.feed(spec)
 
     def _weight_cache(self) -> WeightCache | None:
         """None where there is none, or where its folder cannot be used: weights are this process's alone."""

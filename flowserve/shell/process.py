@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 import grpc.aio
@@ -31,6 +31,7 @@ from flowserve.engine.prefixes import LendingBusy, NotCached
 from flowserve.engine.types import Role, StepEvent
 from flowserve.rtc import folder
 from flowserve.shell import convert, health, metrics, watchdog
+from flowserve.shell.forks import Forks
 from flowserve.shell.handover import Handover
 from flowserve.shell.lifecycle import Lifecycle, State
 from flowserve.shell.loading import Loader, Model
@@ -48,6 +49,9 @@ from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.service import KVTransferService
 from kvtransfer.tls import Tls
+
+if TYPE_CHECKING:
+    from flowserve.models.weight_cache import Named, WeightCache
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,7 @@ class TaskExecutorProcess:
             on_released=self._handover.released,
         )
         data = settings.kv_data_listen
+        self._forks = Forks(self._receiver, self._loaded_weights, self._busy, settings.feed_bytes_per_second)
         self._kv_service = KVTransferService(
             self._sender,
             token=settings.token,
@@ -122,8 +127,9 @@ class TaskExecutorProcess:
             library=settings.kv_transport,
             host=settings.advertise_host,
             lend=self._lend,
+            images=self._forks.images,
         )
-        self._loader = Loader(settings, self._handover, self._on_event)
+        self._loader = Loader(settings, self._handover, self._on_event, self._forks)
         self._registry: Registry | None = None
         self.lifecycle = Lifecycle(
             self._loader,
@@ -160,6 +166,17 @@ class TaskExecutorProcess:
         except LendingBusy as error:
             raise TransferError(TransferErrorCode.BUSY, str(error)) from error
 
+    def _loaded_weights(self) -> tuple[str, WeightCache, Named] | None:
+        """The loaded model's, where they may be fed to others."""
+        model, weights = self.lifecycle.model, self._loader.weights
+        if model is None or weights is None or model.image is None:
+            return None
+        return model.spec.revision, weights, model.image
+
+    def _busy(self) -> bool:
+        model = self.lifecycle.model
+        return model is not None and model.engine.active_tasks > 0
+
     def _on_change(self) -> None:
         self.streams.poke()
         if self._registry is not None:
@@ -184,6 +201,7 @@ class TaskExecutorProcess:
             metrics_url=self._metrics_url,
             tasks_address=self._tasks_address,
             message=lifecycle.message,
+            weight_cache=settings.weights_dir is not None and settings.tensor_parallel == 1,
         )
         if model is not None:
             record.model_revision = model.spec.revision

@@ -26,6 +26,7 @@ from flowserve.shell.loading import DEFAULT_KV_BYTES, LoadFailed, LoadReason, Lo
 from flowserve.shell.outbox import KVState
 from flowserve.shell.streams import GatewayStream, Streams, TooManyStreams
 from kvtransfer.auth import PROTOCOL_KEY, PROTOCOL_VERSION
+from kvtransfer.weights import WeightPeer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ LOAD_EVERY_SECONDS = 1.0
 LOAD_AT_MOST_EVERY_SECONDS = 0.05
 """Faster than a decision can use it; decode steps come every 10 to 50 ms."""
 MAX_DRAIN_SECONDS = 3600.0
+MAX_WEIGHT_PEERS = 16
+"""Sources of weights that a load tries (ours): each is asked what it has."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -267,6 +270,10 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             tensor_parallel=request.tensor_parallel,
             quantization=request.quantization,
             decided_unix=request.decided_unix_ms / 1000,
+            fork_from=tuple(
+                WeightPeer(peer.address, peer.te_id, peer.incarnation)
+                for peer in request.fork_from[:MAX_WEIGHT_PEERS]
+            ),
         )
         try:
             model = await self._lifecycle.load_model(spec)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtransfer import tls as tls_files
+from kvtransfer.images import DEFAULT_BUSY_RATE
 from kvtransfer.tls import TLS_DIR_ENV, Tls, TlsError
 from kvtransfer.transports.choice import MODES
 
@@ -68,6 +69,8 @@ class Settings:
     disk_cache_bytes: int = 0
     weights_dir: Path | None = None
     weights_bytes: int = 0
+    weights_reserve_bytes: int = 0
+    feed_bytes_per_second: int = DEFAULT_BUSY_RATE
     compact_call_us: float = 0.0
     block_tokens: int = 16
     max_tasks: int = 256
@@ -150,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--disk-cache-bytes", type=int, default=0, help="bound of that folder, of all who share it")
     add("--weights-dir", type=Path, help="folder in memory of the node's weights, which executors share")
     add("--weights-bytes", type=int, default=0, help="bound of that folder, of all who share it")
+    add("--weights-reserve-bytes", type=int, default=0, help="set aside there for the next model, zeroed")
+    add(
+        "--feed-bytes-per-second",
+        type=int,
+        default=DEFAULT_BUSY_RATE,
+        help="weights fed to other executors while tasks run here; 0 = no bound",
+    )
     add("--compact-call-us", type=float, default=0.0, help="compact KV before a transfer; cost of a call")
     add("--block-tokens", type=int, default=16)
     add("--max-tasks", type=int, default=256, help="bound of waiting and running tasks")
@@ -200,6 +210,10 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         raise SettingsError("--disk-cache needs a positive --disk-cache-bytes, and the other way round")
     if (args.weights_dir is None) != (args.weights_bytes == 0) or args.weights_bytes < 0:
         raise SettingsError("--weights-dir needs a positive --weights-bytes, and the other way round")
+    if not 0 <= args.weights_reserve_bytes <= args.weights_bytes:
+        raise SettingsError("--weights-reserve-bytes must lie between 0 and --weights-bytes")
+    if args.feed_bytes_per_second < 0:
+        raise SettingsError("--feed-bytes-per-second must not be negative")
     if not 0 <= args.compact_call_us <= MAX_CALL_US:
         raise SettingsError(f"--compact-call-us must be between 0 and {MAX_CALL_US:.0f}")
     if args.max_running > args.max_batch_tokens:
@@ -249,6 +263,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         disk_cache_bytes=args.disk_cache_bytes,
         weights_dir=args.weights_dir,
         weights_bytes=args.weights_bytes,
+        weights_reserve_bytes=args.weights_reserve_bytes,
+        feed_bytes_per_second=args.feed_bytes_per_second,
         compact_call_us=args.compact_call_us,
         block_tokens=args.block_tokens,
         max_tasks=args.max_tasks,

@@ -24,6 +24,8 @@ from flowserve.shell import metrics
 
 SCALER_PRE, PRE_LOAD, LOAD, POST_LOAD = "scaler_pre", "te_pre_load", "te_load", "te_post_load"
 
+_PATHS = {"hit": "hot", "forked": "fork"}
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -42,20 +44,21 @@ class Start:
 
 
 def start_of(
-    *, cold: bool, in_node_memory: bool, decided_unix: float, asked_unix: float, ready_age: float,
+    *, cold: bool, weights: str, decided_unix: float, asked_unix: float, ready_age: float,
     load: float, post_load: float,
 ) -> Start:  # fmt: skip
     """The record of a start that is now done.
 
-    `cold` where the process was asked (at `asked_unix`) before it was `ready_age` seconds old, which is when
-    its libraries were ready. `decided_unix` is 0 where nobody told. Clocks of two hosts may differ: a
-    decision that lies ahead of us counts as now.
+    `weights` as `flowserve.executor.local.Opening` says it; `cold` where the process was asked (at
+    `asked_unix`) before it was `ready_age` seconds old, which is when its libraries were ready.
+    `decided_unix` is 0 where nobody told. Clocks of two hosts may differ: a decision that lies ahead of us
+    counts as now.
     """
     seconds = {PRE_LOAD: ready_age if cold else 0.0, LOAD: load, POST_LOAD: post_load}
     if decided_unix > 0:
         until = time.time() - process_age() if cold else asked_unix
         seconds = {SCALER_PRE: max(0.0, until - decided_unix), **seconds}
-    path = "cold" if cold else "hot" if in_node_memory else "warm"
+    path = "cold" if cold else _PATHS.get(weights, "warm")
     return Start(path, seconds, time.time())
 
 

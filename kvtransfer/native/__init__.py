@@ -126,6 +126,14 @@ def populate_read(mapping: memoryview) -> None:
         view[:: mmap.PAGESIZE].sum(dtype=np.int64)
 
 
+def protect(mapping: memoryview) -> None:
+    """Makes a whole writable mapping read-only: writing to it ends the process. Raises OSError."""
+    view = np.frombuffer(mapping, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view)), mmap.PROT_READ):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
 def populate_write(mapping: memoryview) -> bool:
     """Takes and maps every page of writable memory, whatever is written to it meanwhile; its content stays.
     Blocks. False where the kernel cannot, or has not the memory: writes then fault page by page."""

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from kvtransfer.errors import TransferError, TransferErrorCode
+from kvtransfer.images import ImageStore
 from kvtransfer.layout import KVLayout
 from kvtransfer.native import Pieces, Stop, copy_pieces
 from kvtransfer.pool import HostPool
@@ -26,7 +27,7 @@ STAGED_BYTES = 4 << 20
 class ShmTransport:
     name = "shm"
 
-    def __init__(self, source: HostPool, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, source: HostPool | ImageStore, workers: ThreadPoolExecutor) -> None:
         self._source = source
         self._workers = workers
 

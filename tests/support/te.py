@@ -143,6 +143,7 @@ class TaskExecutor:
         dtype: str = "float32",
         kv_cache_bytes: int = KV_BYTES,
         max_model_len: int = 0,
+        fork_from: Sequence[TaskExecutor] = (),
         timeout: float = 120.0,
     ) -> worker_pb2.LoadModelResponse:
         request = worker_pb2.LoadModelRequest(
@@ -151,6 +152,10 @@ class TaskExecutor:
             dtype=dtype,
             kv_cache_bytes=kv_cache_bytes,
             max_model_len=max_model_len,
+            fork_from=[
+                worker_pb2.WeightPeer(te_id=te.te_id, incarnation=te.incarnation, address=te.address)
+                for te in fork_from
+            ],
         )
         async with self.stub() as stub:
             return await stub.LoadModel(request, metadata=self.metadata, timeout=timeout)

@@ -731,3 +731,118 @@ class MeetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MeetResponse: _TypeAlias = MeetResponse  # noqa: Y015
+
+@_typing.final
+class DescribeWeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    HOST_IDENTITY_FIELD_NUMBER: _builtins.int
+    model_revision: _builtins.str
+    host_identity: _builtins.str
+    """of the receiver, as in a handshake"""
+    def __init__(
+        self,
+        *,
+        model_revision: _builtins.str = ...,
+        host_identity: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_identity", b"host_identity", "model_revision", b"model_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeWeightsRequest: _TypeAlias = DescribeWeightsRequest  # noqa: Y015
+
+@_typing.final
+class DescribeWeightsResponse(_message.Message):
+    """Weights as they lie in memory (an image): equal content and form are equal bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    content: _builtins.str
+    """digest of the model's files"""
+    form: _builtins.str
+    """everything else that the bytes depend on"""
+    size: _builtins.int
+    """bytes, a multiple of the end's block"""
+    config: _builtins.bytes
+    """the model's shape, as JSON: who has it needs no file"""
+    @_builtins.property
+    def end(self) -> Global___HandshakeResponse:
+        """the image as a pool of blocks; its pool_id is the transfer to read"""
+
+    def __init__(
+        self,
+        *,
+        content: _builtins.str = ...,
+        form: _builtins.str = ...,
+        size: _builtins.int = ...,
+        config: _builtins.bytes = ...,
+        end: Global___HandshakeResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "content", b"content", "end", b"end", "form", b"form", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeWeightsResponse: _TypeAlias = DescribeWeightsResponse  # noqa: Y015
+
+@_typing.final
+class FeedWeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    RECEIVER_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    model_revision: _builtins.str
+    """with the first message"""
+    image: _builtins.str
+    """pool_id of the description; with the first message"""
+    receiver: _builtins.str
+    """with the first message"""
+    blocks: _builtins.int
+    """that the receiver has, from the first on"""
+    def __init__(
+        self,
+        *,
+        model_revision: _builtins.str = ...,
+        image: _builtins.str = ...,
+        receiver: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "image", b"image", "model_revision", b"model_revision", "receiver", b"receiver"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeedWeightsRequest: _TypeAlias = FeedWeightsRequest  # noqa: Y015
+
+@_typing.final
+class FeedWeightsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """that may be read, from the first on; said again while there is no more"""
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeedWeightsResponse: _TypeAlias = FeedWeightsResponse  # noqa: Y015

@@ -69,6 +69,16 @@ class KVTransferStub:
                 request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.SerializeToString,
                 response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.FromString,
                 _registered_method=True)
+        self.DescribeWeights = channel.unary_unary(
+                '/deepflow.v1.KVTransfer/DescribeWeights',
+                request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.DescribeWeightsRequest.SerializeToString,
+                response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.DescribeWeightsResponse.FromString,
+                _registered_method=True)
+        self.FeedWeights = channel.stream_stream(
+                '/deepflow.v1.KVTransfer/FeedWeights',
+                request_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.FeedWeightsRequest.SerializeToString,
+                response_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.FeedWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class KVTransferServicer:
@@ -117,6 +127,22 @@ class KVTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeWeights(self, request, context):
+        """Weights for an executor that starts: what is here of a model, and how it can be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FeedWeights(self, request_iterator, context):
+        """One feed, for as long as the stream is open. The receiver says how far it is, the sender how far it
+        may read: as far as the sender itself has the image, no faster than serving allows. Bytes go as those
+        of a transfer do, by Read, a data socket or mapped memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +180,16 @@ def add_KVTransferServicer_to_server(servicer, server):
                     servicer.Meet,
                     request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.FromString,
                     response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.SerializeToString,
+            ),
+            'DescribeWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeWeights,
+                    request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.DescribeWeightsRequest.FromString,
+                    response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.DescribeWeightsResponse.SerializeToString,
+            ),
+            'FeedWeights': grpc.stream_stream_rpc_method_handler(
+                    servicer.FeedWeights,
+                    request_deserializer=deepflow_dot_v1_dot_kvtransfer__pb2.FeedWeightsRequest.FromString,
+                    response_serializer=deepflow_dot_v1_dot_kvtransfer__pb2.FeedWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -345,6 +381,60 @@ class KVTransfer:
             '/deepflow.v1.KVTransfer/Meet',
             deepflow_dot_v1_dot_kvtransfer__pb2.MeetRequest.SerializeToString,
             deepflow_dot_v1_dot_kvtransfer__pb2.MeetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deepflow.v1.KVTransfer/DescribeWeights',
+            deepflow_dot_v1_dot_kvtransfer__pb2.DescribeWeightsRequest.SerializeToString,
+            deepflow_dot_v1_dot_kvtransfer__pb2.DescribeWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FeedWeights(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/deepflow.v1.KVTransfer/FeedWeights',
+            deepflow_dot_v1_dot_kvtransfer__pb2.FeedWeightsRequest.SerializeToString,
+            deepflow_dot_v1_dot_kvtransfer__pb2.FeedWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,13 @@ class KVTransferStub:
     OpenPrefix: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.OpenPrefixRequest, _kvtransfer_pb2.OpenPrefixResponse]
     """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
     Meet: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.MeetRequest, _kvtransfer_pb2.MeetResponse]
+    DescribeWeights: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.DescribeWeightsRequest, _kvtransfer_pb2.DescribeWeightsResponse]
+    """Weights for an executor that starts: what is here of a model, and how it can be read."""
+    FeedWeights: _grpc.StreamStreamMultiCallable[_kvtransfer_pb2.FeedWeightsRequest, _kvtransfer_pb2.FeedWeightsResponse]
+    """One feed, for as long as the stream is open. The receiver says how far it is, the sender how far it
+    may read: as far as the sender itself has the image, no faster than serving allows. Bytes go as those
+    of a transfer do, by Read, a data socket or mapped memory.
+    """
 
 @_typing.type_check_only
 class KVTransferAsyncStub(KVTransferStub):
@@ -65,6 +72,13 @@ class KVTransferAsyncStub(KVTransferStub):
     OpenPrefix: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.OpenPrefixRequest, _kvtransfer_pb2.OpenPrefixResponse]  # type: ignore[assignment]
     """Puts cached blocks on offer, complete from the start: a transfer like any other follows."""
     Meet: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.MeetRequest, _kvtransfer_pb2.MeetResponse]  # type: ignore[assignment]
+    DescribeWeights: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.DescribeWeightsRequest, _kvtransfer_pb2.DescribeWeightsResponse]  # type: ignore[assignment]
+    """Weights for an executor that starts: what is here of a model, and how it can be read."""
+    FeedWeights: _aio.StreamStreamMultiCallable[_kvtransfer_pb2.FeedWeightsRequest, _kvtransfer_pb2.FeedWeightsResponse]  # type: ignore[assignment]
+    """One feed, for as long as the stream is open. The receiver says how far it is, the sender how far it
+    may read: as far as the sender itself has the image, no faster than serving allows. Bytes go as those
+    of a transfer do, by Read, a data socket or mapped memory.
+    """
 
 class KVTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -116,5 +130,24 @@ class KVTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kvtransfer_pb2.MeetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.MeetResponse, _abc.Awaitable[_kvtransfer_pb2.MeetResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DescribeWeights(
+        self,
+        request: _kvtransfer_pb2.DescribeWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvtransfer_pb2.DescribeWeightsResponse, _abc.Awaitable[_kvtransfer_pb2.DescribeWeightsResponse]]:
+        """Weights for an executor that starts: what is here of a model, and how it can be read."""
+
+    @_abc_1.abstractmethod
+    def FeedWeights(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kvtransfer_pb2.FeedWeightsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.FeedWeightsResponse], _abc.AsyncIterator[_kvtransfer_pb2.FeedWeightsResponse]]:
+        """One feed, for as long as the stream is open. The receiver says how far it is, the sender how far it
+        may read: as far as the sender itself has the image, no faster than serving allows. Bytes go as those
+        of a transfer do, by Read, a data socket or mapped memory.
+        """
 
 def add_KVTransferServicer_to_server(servicer: KVTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

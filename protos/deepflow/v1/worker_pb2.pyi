@@ -558,6 +558,7 @@ class LoadModelRequest(_message.Message):
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     DECIDED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    FORK_FROM_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     path: _builtins.str
     """a GGUF file, or a folder with config.json and safetensors"""
@@ -572,6 +573,10 @@ class LoadModelRequest(_message.Message):
     """"" | "int8" | "int4"; part of what model_revision names, as its KV differs"""
     decided_unix_ms: _builtins.int
     """when it was decided that this executor serves the model; 0 = not told"""
+    @_builtins.property
+    def fork_from(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightPeer]:
+        """executors that may have its weights, best first: tried before `path`"""
+
     def __init__(
         self,
         *,
@@ -583,14 +588,42 @@ class LoadModelRequest(_message.Message):
         tensor_parallel: _builtins.int = ...,
         quantization: _builtins.str = ...,
         decided_unix_ms: _builtins.int = ...,
+        fork_from: _abc.Iterable[Global___WeightPeer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided_unix_ms", b"decided_unix_ms", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model_revision", b"model_revision", "path", b"path", "quantization", b"quantization", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided_unix_ms", b"decided_unix_ms", "dtype", b"dtype", "fork_from", b"fork_from", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model_revision", b"model_revision", "path", b"path", "quantization", b"quantization", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
+
+@_typing.final
+class WeightPeer(_message.Message):
+    """An executor that has a model loaded, or is being fed its weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    te_id: _builtins.str
+    incarnation: _builtins.str
+    address: _builtins.str
+    def __init__(
+        self,
+        *,
+        te_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "te_id", b"te_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightPeer: _TypeAlias = WeightPeer  # noqa: Y015
 
 @_typing.final
 class LoadModelResponse(_message.Message):
@@ -795,6 +828,7 @@ class ExecutorRecord(_message.Message):
     START_PATH_FIELD_NUMBER: _builtins.int
     START_PHASES_FIELD_NUMBER: _builtins.int
     READY_UNIX_MS_FIELD_NUMBER: _builtins.int
+    WEIGHT_CACHE_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -827,6 +861,8 @@ class ExecutorRecord(_message.Message):
     """"cold" | "warm" | "hot" | "fork"; "" while no model is loaded"""
     ready_unix_ms: _builtins.int
     """when the loaded model could take tasks"""
+    weight_cache: _builtins.bool
+    """weights lie where others can be fed from, and can be fed by others"""
     @_builtins.property
     def start_phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartPhase]:
         """of the loaded model, in order"""
@@ -859,10 +895,11 @@ class ExecutorRecord(_message.Message):
         start_path: _builtins.str = ...,
         start_phases: _abc.Iterable[Global___StartPhase] | None = ...,
         ready_unix_ms: _builtins.int = ...,
+        weight_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id", "weight_cache", b"weight_cache"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

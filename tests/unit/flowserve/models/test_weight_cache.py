@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -19,10 +20,10 @@ from flowserve.executor.interface import SequenceSlice
 from flowserve.models import weight_cache
 from flowserve.models.errors import BadWeights
 from flowserve.models.llama import TorchLlama
-from flowserve.models.weight_cache import WeightCache
+from flowserve.models.weight_cache import FeedLost, Named, WeightCache, config_bytes
 from tests.support.compiled_step import BLOCK, SPEC, Random
 
-SIZE = 64 << 10
+SIZE = 1 << 20
 Clock = list[float]
 
 
@@ -120,7 +121,7 @@ def test_the_same_content_elsewhere_is_the_same_image(tmp_path: Path, model: Pat
     second = held.open(copy).image("a", SIZE, writes(b"x"))  # its content is not known before it is read
     assert first is not None
     assert second is not None
-    assert os.fstat(first._fd).st_ino == os.fstat(second._fd).st_ino
+    assert os.fstat(first.fd).st_ino == os.fstat(second.fd).st_ino
     third = held.open(copy).image("a", SIZE, never)
     for image in (first, second, third):
         assert image is not None
@@ -269,3 +270,87 @@ def test_notes_of_models_are_bounded(tmp_path: Path, model: Path, monkeypatch: p
         assert image is not None
         image.close()
     assert len(list((tmp_path / "weights" / "sources").iterdir())) == 3
+
+
+class Fed:
+    """Another executor's image of form "a"; `lost` after it wrote half."""
+
+    def __init__(self, content: str = "c0ffee", *, form: str = "a", lost: bool = False) -> None:
+        self.content, self.form, self.size = content, form, SIZE
+        self.config = config_bytes(Opened("qwen2").config)
+        self.lost = lost
+        self.fills = 0
+
+    def fill(self, mapping: mmap.mmap, fd: int) -> None:
+        self.fills += 1
+        assert os.fstat(fd).st_size == SIZE
+        half = SIZE // 2 if self.lost else SIZE
+        mapping[:half] = b"f" * half
+        if self.lost:
+            raise FeedLost("the source died")
+
+
+def ends(image: weight_cache.Image | None) -> bytes:
+    assert image is not None
+    try:
+        return ctypes.string_at(image.base, 1) + ctypes.string_at(image.base + SIZE - 1, 1)
+    finally:
+        image.close()
+
+
+def test_what_another_executor_feeds_is_an_image_of_the_node(tmp_path: Path) -> None:
+    held, fed = cache(tmp_path), Fed()
+    nowhere = tmp_path / "nothing.gguf"  # no file is needed
+    source = held.open(nowhere, fed)
+    assert source.config == Opened("qwen2").config
+    assert ends(source.image("a", SIZE, never)) == b"ff"
+    assert (source.used, source.named) == ("forked", Named("c0ffee", "a", SIZE, fed.config))
+    again = held.open(nowhere, Fed())
+    assert ends(again.image("a", SIZE, never)) == b"ff"
+    assert (again.used, fed.fills) == ("hit", 1)
+    assert held.open(nowhere).recalled() is None  # what a source said is not remembered of the path
+    assert source.named is not None
+    fd = held.opened(source.named)
+    assert fd is not None
+    os.close(fd)
+    assert held.opened(Named("f00d", "a", SIZE, b"")) is None
+
+
+def test_a_lost_feed_and_one_of_another_form_leave_it_to_storage(tmp_path: Path, model: Path) -> None:
+    held = cache(tmp_path)
+    seen: list[bytes] = []
+
+    def fill(base: int) -> None:
+        seen.append(ctypes.string_at(base, 1))  # zeroed, whatever a feed wrote before
+        ctypes.memset(base, ord("s"), SIZE)
+
+    source = held.open(model, Fed(lost=True))
+    assert ends(source.image("a", SIZE, fill)) == b"ss"
+    assert (source.used, seen) == ("built", [b"\0"])
+    other = Fed(form="b")
+    elsewhere = held.open(model, other)
+    assert ends(elsewhere.image("a", SIZE, never)) == b"ss"
+    assert other.fills == 0
+    assert not list((tmp_path / "weights").glob(".draft-*"))
+
+
+def test_memory_set_aside_becomes_the_next_image(tmp_path: Path, model: Path) -> None:
+    held = cache(tmp_path, 4 * SIZE)
+    reserve = tmp_path / "weights" / ".reserve" / "weights"
+    held.reserve(2 * SIZE)
+    held.reserve(SIZE)  # one is enough
+    inode = reserve.stat().st_ino
+    assert reserve.stat().st_blocks * 512 == 2 * SIZE
+    image = held.open(model).image("a", SIZE, writes(b"r" * SIZE))
+    assert image is not None
+    found = os.fstat(image.fd)
+    assert (found.st_ino, found.st_size, found.st_blocks * 512) == (inode, SIZE, SIZE)
+    assert not reserve.exists()
+    held.reserve(4 * SIZE)  # more than is left beside the image: nothing is evicted for it
+    assert not reserve.exists()
+    held.reserve(2 * SIZE)
+    big = held.open(model).image("b", 3 * SIZE, writes(b"b"))  # needs more, and the reserve goes first
+    assert big is not None
+    assert not reserve.exists()
+    assert ends(image) == b"rr"
+    big.close()
