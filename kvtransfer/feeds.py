@@ -83,7 +83,8 @@ class WeightFeeds:
                 raise TransferError(TransferErrorCode.ABORTED, "the image is given up here")
             step = min(feed.ready, has.blocks + WINDOW_BLOCKS) - feed.granted
             if step > 0:
-                step = min(step, GRANT_BLOCKS)
+                if self.images.pace.holds:
+                    step = min(step, GRANT_BLOCKS)
                 delay = self.images.pace.delay(step * BLOCK_BYTES)
                 metrics.FEED_WAITS.inc(delay)
                 while delay > 0:

@@ -34,7 +34,7 @@ MAX_FEEDS = 4
 """Receivers that one executor feeds at once (ours): more divide the same bandwidth, and a receiver feeds
 others in its turn."""
 GRANT_BLOCKS = 8
-"""Granted at a time (ours): 1 ms of a memory's bandwidth, so that steps of the engine wait no longer."""
+"""Granted at a time while tasks run (ours): 1 ms of a memory's bandwidth, so steps wait no longer."""
 WINDOW_BLOCKS = 64
 """Granted beyond what the receiver has (ours): some milliseconds of any network's."""
 DEFAULT_BUSY_RATE = 256 << 20
@@ -159,10 +159,15 @@ class Pace:
         self._busy, self._rate, self._clock = busy, rate, clock
         self._free = 0.0  # when the next bytes may go
 
+    @property
+    def holds(self) -> bool:
+        """Whether feeds are held to the rate now."""
+        return self._rate > 0 and self._busy()
+
     def delay(self, size: int) -> float:
         """Seconds until `size` bytes may go, which are counted now."""
         now = self._clock()
-        if not self._rate or not self._busy():
+        if not self.holds:
             self._free = now
             return 0.0
         start = max(now, self._free)

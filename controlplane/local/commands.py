@@ -79,9 +79,15 @@ def template_spec(settings: StackSettings, paths: StatePaths, env: dict[str, str
     )
 
 
-def executor_spec(
-    settings: StackSettings, paths: StatePaths, te_id: str, role: RoleName, env: dict[str, str]
+def executor_spec(  # noqa: PLR0917  what, where, who, and how: each is named at the call
+    settings: StackSettings,
+    paths: StatePaths,
+    te_id: str,
+    role: RoleName,
+    env: dict[str, str],
+    options: tuple[str, ...] = (),
 ) -> ChildSpec:
+    """`options` of flowserve.shell win over those that follow from the settings."""
     threads, env = _executor_env(settings, env)
     endpoint = paths.run / f"{te_id}.json"
     bound = weights_cache_bytes(settings, paths)
@@ -90,7 +96,7 @@ def executor_spec(
         *("--te-id", te_id, "--listen", "127.0.0.1:0"),
         *("--endpoint-file", str(endpoint), "--role", role.value),
         *("--device", settings.device, "--tensor-parallel", str(settings.tensor_parallel)),
-        *("--threads", threads, "--shm-dir", str(paths.sockets), *weights),
+        *("--threads", threads, "--shm-dir", str(paths.sockets), *weights, *options),
     )
     return ChildSpec(
         name=te_id,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
@@ -71,6 +72,14 @@ class RoleEpochs:
         return self._last
 
 
+class Source(NamedTuple):
+    """An executor that may feed weights."""
+
+    te_id: str
+    incarnation: str
+    address: str
+
+
 @dataclass(frozen=True, slots=True)
 class ModelTarget:
     """What an executor shall have loaded."""
@@ -82,6 +91,7 @@ class ModelTarget:
     kv_cache_bytes: int
     max_model_len: int
     quantization: str = ""
+    fork_from: tuple[Source, ...] = ()  # executors that may have its weights
 
 
 class Executor:
@@ -245,6 +255,7 @@ class Executor:
             max_model_len=target.max_model_len,
             quantization=target.quantization,
             decided_unix_ms=int(self._decided * 1000),
+            fork_from=[worker_pb2.WeightPeer(**source._asdict()) for source in target.fork_from],
         )
         try:
             loaded = await stub.LoadModel(request, metadata=self._metadata, timeout=LOAD_TIMEOUT_SECONDS)

@@ -22,7 +22,7 @@ from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from controlplane.local import commands, template
 from controlplane.local.children import Child
-from controlplane.local.executors import Executor, ModelTarget, RoleEpochs
+from controlplane.local.executors import Executor, ModelTarget, RoleEpochs, Source
 from controlplane.local.settings import StackSettings, StatePaths
 from controlplane.local.topology import RoleName
 from kvtransfer.auth import call_metadata
@@ -66,12 +66,12 @@ class Node:
                     raise StartFailed(f"no template: {self.template.log_tail(3)}")
                 await asyncio.sleep(0.01)
 
-    def add(self, *, forked: bool) -> Executor:
-        """An executor whose process starts now and which knows no model."""
+    def add(self, *, forked: bool, options: tuple[str, ...] = ()) -> Executor:
+        """An executor whose process starts now and which knows no model; `options` of flowserve.shell."""
         te_id = f"te-{self._numbers}"
         self._numbers += 1
         env = commands.base_env(self.paths, "", TOKEN)
-        spec = commands.executor_spec(self._settings, self.paths, te_id, RoleName.COLOCATED, env)
+        spec = commands.executor_spec(self._settings, self.paths, te_id, RoleName.COLOCATED, env, options)
         executor = Executor(
             te_id,
             child=Child(spec, lambda: None, self._template.start if forked else None),
@@ -93,16 +93,35 @@ class Node:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(WARM_SECONDS)
 
-    async def first_token(self, executor: Executor, kv_bytes: int) -> float:
-        """Gives it the model; when a request had its first token (perf_counter). Raises StartFailed."""
+    def elsewhere(self, transport: str, reserve: int) -> tuple[str, ...]:
+        """Options of an executor that shares no weights with the others, as on another node, with `reserve`
+        bytes of memory set aside for them."""
+        folder = self.paths.weights.with_name(f"{self.paths.weights.name}-elsewhere")
+        shutil.rmtree(folder, ignore_errors=True)
+        return (
+            *("--weights-dir", str(folder), "--kv-transport", transport),
+            *("--weights-reserve-bytes", str(reserve)),
+        )
+
+    async def first_token(self, executor: Executor, kv_bytes: int, source: Executor | None = None) -> float:
+        """Gives it the model, with weights of `source`; when a request had its first token (perf_counter).
+        Raises StartFailed."""
         path, dtype = self._target
-        executor.set_target(ModelTarget("model", REVISION, path, dtype, kv_bytes, 0))
+        sources: tuple[Source, ...] = ()
+        if source is not None and source.status is not None:
+            sources = (Source(source.te_id, source.status.record.incarnation, source.address),)
+        executor.set_target(ModelTarget("model", REVISION, path, dtype, kv_bytes, 0, fork_from=sources))
         async with _bounded(f"{executor.te_id} does not load its model"):
             while not executor.ready:
                 _check(executor)
                 await asyncio.sleep(0.002)
-            await _generate(executor.address)
+            await _collect(executor.address, 1)
         return time.perf_counter()
+
+    async def generate(self, executor: Executor, tokens: int) -> list[float]:
+        """So many tokens of a request; when each came (perf_counter). Raises StartFailed."""
+        async with _bounded(f"{executor.te_id} does not answer"):
+            return await _collect(executor.address, tokens)
 
     async def remove(self, executor: Executor) -> None:
         work = self._work.pop(executor.te_id)
@@ -112,7 +131,8 @@ class Node:
 
     def forget_weights(self) -> None:
         """The next load reads storage."""
-        shutil.rmtree(self.paths.weights, ignore_errors=True)
+        for folder in self.paths.weights.parent.glob(f"{self.paths.weights.name}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def close(self) -> None:
         """Ends all of it and leaves nothing."""
@@ -162,30 +182,33 @@ async def _bounded(what: str) -> AsyncIterator[None]:
         raise StartFailed(f"{what} after {START_SECONDS:.0f} s") from None
 
 
-async def _generate(address: str) -> None:
-    """One token of PROMPT. Raises StartFailed."""
+async def _collect(address: str, tokens: int) -> list[float]:
+    """When each of so many tokens of PROMPT came. Raises StartFailed."""
     task = worker_pb2.SubmitTask(
-        task_id="first",
+        task_id=f"t-{time.time_ns():x}",
         attempt=1,
         kind=common_pb2.TASK_KIND_UNIFIED,
         model_revision=REVISION,
         prompt_tokens=struct.pack(f"<{len(PROMPT)}I", *PROMPT),
-        max_output_tokens=1,
-        sampling=common_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0),
+        max_output_tokens=tokens,
+        sampling=common_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0, ignore_eos=True),
     )
-    hello = worker_pb2.Hello(gateway_id="starts", incarnation=f"{time.time_ns():x}")
+    hello = worker_pb2.Hello(gateway_id=f"starts-{time.time_ns():x}", incarnation="1")
+    came: list[float] = []
     try:
         async with open_channel(address, None) as channel:
             call = worker_pb2_grpc.TaskExecutorStub(channel).Tasks(metadata=call_metadata(TOKEN))
             await call.write(worker_pb2.TasksRequest(hello=hello))
             await call.write(worker_pb2.TasksRequest(submit=task))
             async for response in call:
+                now = time.perf_counter()
                 for delta in response.step.deltas:
                     if delta.HasField("error"):
                         raise StartFailed(delta.error.message)
-                    if delta.tokens:
-                        call.cancel()
-                        return
+                    came.extend([now] * len(delta.tokens))
+                if len(came) >= tokens:
+                    call.cancel()
+                    return came
     except grpc.aio.AioRpcError as error:
         raise StartFailed(f"{error.code().name}: {error.details()}") from error
-    raise StartFailed("its stream ended without a token")
+    raise StartFailed(f"its stream ended after {len(came)} of {tokens} tokens")

@@ -1,6 +1,7 @@
 """From a decision to the first token of a real request: one executor by each path, and many from zero.
 
-    python -m tests.bench.scale [--quick] [--json PATH] [--many N] [--model PATH]
+    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many] [--many N]
+                                 [--model PATH]
 
 Executors are started, given their model and watched by the supervisor's own parts (`controlplane.local`), on
 the small model in bfloat16. A start ends when a request of 32 prompt tokens has had its first token; the
@@ -13,8 +14,13 @@ Paths of one executor, interleaved:
     hot             a forked process waits; weights lie in the node's memory
     fork and hot    only the template waits; weights lie in the node's memory
 
-Many: the template runs, no executor does. Memory is the Pss of all of them, less their KV pools and what the
-template took before; weights, libraries and what else they share count once.
+    fork            a warm process whose memory for weights is set aside is fed by a running executor: over
+                    shared memory, over TCP; `not set aside` takes the memory as it goes
+
+Feeding: what a fork, at the pace that sources keep while they serve, costs a stream of the source.
+Live: half of the executors serve a load of at most half of the machine while as many again start, one after
+the other. Many: the template runs, no executor does. Memory is the Pss of all of them, less their KV pools
+and what the template took before; weights, libraries and what else they share count once.
 Needs the small model and Linux.
 """
 
@@ -30,12 +36,16 @@ from controlplane.local.starts import PHASES, Node, node, steps
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
 from tests.bench import common
+from tests.bench.scale_forks import feeding, forks
+from tests.bench.scale_live import live
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 MANY, QUICK_MANY = 64, 8
 PROGRAMS = 8  # started as programs, as the baseline of many: more would only wait for each other
 KV_BYTES = 256 << 20
 MANY_KV_BYTES = 16 << 20
+LIVE_SECONDS = 30.0  # before the starts, and at least while they go on
+PARTS = ("single", "forks", "live", "many")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -132,33 +142,66 @@ def private(pid: int) -> int:
     return found["Private_Clean"] + found["Private_Dirty"] - MANY_KV_BYTES
 
 
-async def main(quick: bool, json_path: str | None, model: Path, count: int) -> int:
+async def main(quick: bool, json_path: str | None, model: Path, count: int, parts: list[str]) -> int:
     report = common.Report("scale")
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     async with node(model, "bfloat16") as made:
-        medians = await single(made, report, QUICK_ROUNDS if quick else ROUNDS)
-        made.forget_weights()
-        programs = await many(made, PROGRAMS, forked=False, weights="in storage")
-        made.forget_weights()
-        stored = await many(made, count, forked=True, weights="in storage")
-        held = await many(made, count, forked=True, weights="in node memory")
-        for row in (programs, stored, held):
-            report.add(**row)
+        if "single" in parts:
+            check_single(report, await single(made, report, rounds))
+        if "forks" in parts:
+            made.forget_weights()
+            medians, source = await forks(made, report, rounds)
+            fork = medians["fork, shm"]
+            report.check("fork, memory set aside", fork * 1e3, "ms", "<= 250", fork <= 0.25)
+            slower = await feeding(made, report, source, rounds)
+            report.check("a stream while its executor feeds", slower, "x", "<= 1.05", slower <= 1.05)
+            await made.remove(source)
+        if "live" in parts:
+            ratio, failed = await live(made, report, count // 2, LIVE_SECONDS / (4 if quick else 1))
+            whole = count >= MANY
+            report.check(
+                "P99 TPOT while as many start", ratio, "x", "<= 1.5", ratio <= 1.5 if whole else None
+            )
+            report.check("requests failed meanwhile", failed, "requests", "0", failed == 0)
+        if "many" in parts:
+            made.forget_weights()
+            programs = await many(made, PROGRAMS, forked=False, weights="in storage")
+            made.forget_weights()
+            stored = await many(made, count, forked=True, weights="in storage")
+            held = await many(made, count, forked=True, weights="in node memory")
+            for row in (programs, stored, held):
+                report.add(**row)
+            check_many(report, count, float(str(held["all_s"])), float(str(held["memory_mib"])))
+    return report.finish(json_path)
+
+
+def check_single(report: common.Report, medians: dict[str, float]) -> None:
     hot, cold = medians["hot"], medians["cold"]
     report.check("hot", hot * 1e3, "ms", "<= 250", hot <= 0.25)
     report.check("hot, faster than cold", cold / hot, "x", ">= 8", cold / hot >= 8)
     if (evicted := medians.get("cold, evicted")) is not None:
         report.check("hot, faster than evicted", evicted / hot, "x", ">= 20", evicted / hot >= 20)
+
+
+def check_many(report: common.Report, count: int, seconds: float, memory: float) -> None:
     whole = count >= MANY
-    seconds, memory = float(str(held["all_s"])), float(str(held["memory_mib"]))
     report.check(f"{count} from zero", seconds, "s", "<= 8", seconds <= 8 if whole else None)
     report.check("memory beside KV pools", memory, "MiB", "<= 1536", memory <= 1536 if whole else None)
-    return report.finish(json_path)
 
 
 if __name__ == "__main__":
     arguments = common.parser(__doc__ or "")
     arguments.add_argument("--model", type=Path, help="GGUF file or folder (default: the small model)")
     arguments.add_argument("--many", type=int, default=0, help=f"executors from zero (default: {MANY})")
+    arguments.add_argument("--part", action="append", choices=PARTS, help="only this (default: all)")
     options = arguments.parse_args()
     wanted = options.many or (QUICK_MANY if options.quick else MANY)
-    common.run(main(options.quick, options.json, options.model or fetch(DEFAULT_MODEL_URI).path, wanted))
+    common.run(
+        main(
+            options.quick,
+            options.json,
+            options.model or fetch(DEFAULT_MODEL_URI).path,
+            wanted,
+            options.part or list(PARTS),
+        )
+    )
