@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from controlplane.api.resources.base import parse_quantity
 from controlplane.api.resources.modelserving import ModelServing, Role
 from controlplane.api.resources.names import (
     ANNOTATION_CLAIMED_AT,
@@ -42,6 +43,7 @@ from controlplane.api.resources.names import (
     PORT_TASKS,
     SHARED_PATH,
     TLS_PATH,
+    WEIGHTS_PATH,
     PodState,
     Reason,
 )
@@ -59,6 +61,10 @@ DRAIN_MARGIN_SECONDS = 10
 _IMAGE_PROBLEMS = {
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError",
 }  # fmt: skip
+
+
+UNBOUNDED_WEIGHTS = 1 << 50
+"""Of a pod whose memory nothing bounds but its node's."""
 
 
 def te_id(namespace: str, name: str) -> str:
@@ -99,6 +105,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
     if tls_secret:
         own.append({"name": TLS_DIR_ENV, "value": TLS_PATH})
         mounts.append({"name": "tls", "mountPath": TLS_PATH, "readOnly": True})
+    weights = weights_bytes(pool)
     probed = PORT_HEALTH if tls_secret else PORT_GRPC  # kubelets' probes speak no TLS
     extra = [env.wire() for env in spec.env]
     executor: Json = {
@@ -113,6 +120,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
             *("--tasks-listen", f"0.0.0.0:{PORT_TASKS}"),
             *(("--health-listen", f"0.0.0.0:{PORT_HEALTH}") if tls_secret else ()),
             *("--tensor-parallel", str(spec.tensor_parallel), "--threads", str(spec.threads)),
+            *weights_options(pool, weights),
             *("--drain-seconds", str(max(1, grace - DRAIN_MARGIN_SECONDS)), *spec.args),
         ],
         "env": [*own, *token, *secret_env("REDIS_URL", redis_secret), *extra],
@@ -130,7 +138,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
         },
         "resources": spec.resources.wire(),
         "securityContext": security,
-        "volumeMounts": mounts,
+        "volumeMounts": [*mounts, {"name": "weights", "mountPath": WEIGHTS_PATH}] if weights else mounts,
     }  # fmt: skip
     fetcher: Json = {
         "name": CONTAINER_FETCHER,
@@ -165,6 +173,9 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
         "containers": [executor, fetcher],
         "volumes": [cache, {"name": "run", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}],
     }
+    if weights:
+        bound = {"sizeLimit": str(spec.weights.size_limit)} if spec.weights.size_limit is not None else {}
+        result["volumes"].append({"name": "weights", "emptyDir": {"medium": "Memory", **bound}})
     if tls_secret:
         result["volumes"].append(
             {"name": "tls", "secret": {"secretName": tls_secret, "defaultMode": TLS_FILE_MODE}}
@@ -179,6 +190,29 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
         "imagePullSecrets": [{"name": name} for name in spec.image_pull_secrets],
     }
     return result | {name: value for name, value in optional.items() if value}
+
+
+def weights_bytes(pool: WarmPool) -> int:
+    """Bound of the memory for weights; 0: the pods have none. Ranks of one executor share none."""
+    spec = pool.spec
+    if spec.tensor_parallel > 1:
+        return 0
+    if spec.weights.size_limit is not None:
+        return parse_quantity(spec.weights.size_limit)
+    if spec.device != "cpu":
+        return 0
+    limit = spec.resources.limits.get("memory")
+    return UNBOUNDED_WEIGHTS if limit is None else parse_quantity(limit)
+
+
+def weights_options(pool: WarmPool, bound: int) -> list[str]:
+    """Of the executor, for memory of `bound` bytes."""
+    if not bound:
+        return []
+    # A folder of its own: the volume's is root's.
+    options = ["--weights-dir", f"{WEIGHTS_PATH}/node", "--weights-bytes", str(bound)]
+    reserve = min(parse_quantity(pool.spec.weights.reserve), bound)
+    return [*options, "--weights-reserve-bytes", str(reserve)] if reserve else options
 
 
 def template_of(pool: WarmPool, settings: OperatorSettings) -> Json:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from deepflow.v1 import common_pb2, worker_pb2
 
-from controlplane.api.resources.names import ANNOTATION_PAUSED, ANNOTATION_ROLE_EPOCH, LABEL_ROLE
+from controlplane.api.resources.names import ANNOTATION_PAUSED, ANNOTATION_ROLE_EPOCH, LABEL_ROLE, PORT_GRPC
 from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS, WARM_POOLS, key_of
+from controlplane.operator.executors import NO_FILE
 from tests.support.kube_world import World
 
 ROLES = {
@@ -198,6 +200,29 @@ async def test_a_new_source_replaces_executors_one_by_one(world: World) -> None:
 
         await world.until(renewed, why="both are new")
     assert min(fewest) >= 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_next_executor_is_fed_by_the_first_or_fetches(world: World, fails: bool) -> None:
+    async with world.operator():
+        await world.pool(size=2)
+        await world.until_warm(2)
+        await world.serving()
+        (pod,) = await world.until_serving(1)
+        first = world.te(pod)
+        await world.until_warm(2)
+        for pod in await world.pods():
+            world.te(pod).fail_fork = fails
+        assert not first.requests[0].fork_from
+        await world.scale("m", "colocated", 2)
+        tes = [world.te(pod) for pod in await world.until_serving(2)]
+    (second,) = (te for te in tes if te is not first)
+    assert [request.path == NO_FILE for request in second.requests] == ([True, False] if fails else [True])
+    for request in second.requests:
+        (source,) = request.fork_from
+        assert (source.te_id, source.incarnation) == (first.te_id, first.incarnation)
+        assert source.address.endswith(f":{PORT_GRPC}")
+        assert request.model_revision == first.revision
 
 
 async def test_a_model_that_cannot_be_loaded_says_why(world: World) -> None:

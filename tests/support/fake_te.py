@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from deepflow.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
+from controlplane.operator.executors import NO_FILE
 from kvtransfer.auth import call_metadata
 from kvtransfer.channel import add_port
 from kvtransfer.tls import Tls
@@ -40,6 +41,9 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
     waiting: int = 0
     kv_used: float = 0.0
     loads: int = 0
+    weight_cache: bool = True
+    fail_fork: bool = False
+    requests: list[worker_pb2.LoadModelRequest] = field(default_factory=list)
     drained_with: list[int] = field(default_factory=list)
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     loading: asyncio.Task[None] | None = None
@@ -50,7 +54,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
         await self._check(context)
         record = worker_pb2.ExecutorRecord(
             te_id=self.te_id, incarnation=self.incarnation, state=self.state, model_revision=self.revision,
-            device=DEVICE, role=self.role, role_epoch=self.epoch,
+            device=DEVICE, role=self.role, role_epoch=self.epoch, weight_cache=self.weight_cache,
         )  # fmt: skip
         load = common_pb2.LoadReport(
             role=self.role, role_epoch=self.epoch, running=self.tasks, waiting=self.waiting,
@@ -66,6 +70,9 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
     ) -> worker_pb2.LoadModelResponse:
         await self._check(context)
         if self.state == worker_pb2.EXECUTOR_STATE_WARM:
+            self.requests.append(request)
+            if self.fail_fork and request.path == NO_FILE:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no executor feeds it, and no file is there")
             if self.fail_load:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.fail_load)
             self.state = worker_pb2.EXECUTOR_STATE_LOADING

@@ -144,6 +144,7 @@ CONTAINER_FETCHER = "fetcher"
 PORT_HEALTH = 7405  # health without TLS, for kubelets; only where the rest has TLS
 PORT_FETCH = 7403  # the operator asks for a model's files here: named "fetch"
 CACHE_PATH = "/var/cache/deepflow"  # $DEEPFLOW_CACHE in every pod: models and model cards
+WEIGHTS_PATH = "/run/deepflow-weights"  # memory of the pod, for weights
 SHARED_PATH = "/run/deepflow"  # writable folder of sockets and endpoint files
 # Environment of the operator: "SECRET/KEY" in the pods' namespace that executors take theirs from.
 ENV_TOKEN_SECRET = "DEEPFLOW_TOKEN_SECRET"  # -> DEEPFLOW_CLUSTER_TOKEN

@@ -79,6 +79,22 @@ class CacheVolume(Part):
     medium: Literal["", "Memory"] = Field(default="", description="`Memory`: the emptyDir is a tmpfs.")
 
 
+class WeightsVolume(Part):
+    """Memory of a pod in which weights lie, in the form that its device computes with. A container that is
+    started again finds them there, and other pods can be fed from it instead of fetching the model."""
+
+    size_limit: Quantity | None = Field(
+        default=None,
+        description="Bound of the memory, which counts as the executor's; `0`: none, weights are the"
+        " process's alone. Absent: none on accelerators, the executor's memory limit on `cpu`.",
+    )
+    reserve: Quantity = Field(
+        default="0",
+        description="Of it, taken and zeroed while the pod is warm, so that weights of this size arrive"
+        " without waiting for memory.",
+    )
+
+
 class WarmPoolSpec(Part):
     """What is wanted."""
 
@@ -161,6 +177,7 @@ class WarmPoolSpec(Part):
             )
         ),
     )
+    weights: WeightsVolume = Field(default=WeightsVolume(), description="Where loaded weights lie.")
     models: list[str] = Field(
         default_factory=list,
         max_length=64,
