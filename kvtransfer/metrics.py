@@ -79,7 +79,9 @@ FETCHES = Counter(
     "Weights asked of other executors: `ok`, `resumed` at another source, `failed` (storage serves then).",
     ("outcome",),
 )
-READ_BYTES = Counter("deepflow_kv_read_bytes_total", "Bytes of KV and of weights sent over sockets and gRPC by this sender.")
+READ_BYTES = Counter(
+    "deepflow_kv_read_bytes_total", "Bytes of KV and of weights sent over sockets and gRPC by this sender."
+)
 ACTIVE_READS = Gauge("deepflow_kv_active_reads", "Read streams this sender serves now.")
 REFUSED = Counter(
     "deepflow_kv_refused_total", "Calls this sender refused because a bound was reached.", ("what",)
