@@ -29,8 +29,8 @@ from controlplane.api.resources.modelserving import Role
 from controlplane.api.resources.names import PORT_FETCH, PORT_GRPC
 from controlplane.fleet.cards import revision_of
 from controlplane.operator import metrics
-from controlplane.operator.plan.forks import fork_sources
 from controlplane.operator.plan.values import Te, TeState
+from controlplane.scheduling.forks import fork_sources
 from kvtransfer.auth import call_metadata
 from kvtransfer.channel import open_channel
 from kvtransfer.tls import SERVER_NAME, Tls

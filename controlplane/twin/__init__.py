@@ -17,5 +17,6 @@ index and role control are those of `controlplane.scheduling` itself (DeepServe 
 | ours       | the real policy as a gateway runs it                                      |
 | baselines  | what others do                                                            |
 | results    | figures, paired comparisons, fairness                                     |
+| starts     | steps of a start from stated bandwidths; weights going round a fleet        |
 | plots      | distributions, roles over time, utilisation                               |
 """

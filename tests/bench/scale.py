@@ -1,6 +1,6 @@
 """From a decision to the first token of a real request: one executor by each path, and many from zero.
 
-    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many] [--many N]
+    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many|twin] [--many N]
                                  [--model PATH]
 
 Executors are started, given their model and watched by the supervisor's own parts (`controlplane.local`), on
@@ -22,6 +22,9 @@ Live: half of the executors serve a load of at most half of the machine while as
 the other. Many: the template runs, no executor does. Memory is the Pss of all of them, less their KV pools
 and what the template took before; weights, libraries and what else they share count once.
 Needs the small model and Linux.
+
+Twin: not measured but computed from stated bandwidths (controlplane.twin.starts): a 70B model on eight
+devices of each of 64 nodes, beside DeepServe's table of one node; forks of 1 to 64 nodes by layout of the tree.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else it tells of every
 from controlplane.local.starts import PHASES, Node, node, steps
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
+from controlplane.twin import starts
 from tests.bench import common
 from tests.bench.scale_forks import feeding, forks
 from tests.bench.scale_live import live
@@ -45,7 +49,11 @@ PROGRAMS = 8  # started as programs, as the baseline of many: more would only wa
 KV_BYTES = 256 << 20
 MANY_KV_BYTES = 16 << 20
 LIVE_SECONDS = 30.0  # before the starts, and at least while they go on
-PARTS = ("single", "forks", "live", "many")
+PARTS = ("single", "forks", "live", "many", "twin")
+TWIN_BYTES, TWIN_NODES = 141.2e9, 64  # Llama-3-70B in bfloat16
+TWIN_CHUNK = 64e6  # of a rank's part, fed on when it has arrived: kvtransfer.images.WINDOW_BLOCKS
+PAPER = {"cold": "", "warm": "24", "hot": "3.2", "fork": "0.91"}
+"""TE-Load of DeepServe's Qwen-72B TP8 (a little larger): SSD, memory, fork over RoCE."""
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -145,6 +153,10 @@ def private(pid: int) -> int:
 async def main(quick: bool, json_path: str | None, model: Path, count: int, parts: list[str]) -> int:
     report = common.Report("scale")
     rounds = QUICK_ROUNDS if quick else ROUNDS
+    if "twin" in parts:
+        twin(report)
+    if parts == ["twin"]:
+        return report.finish(json_path)
     async with node(model, "bfloat16") as made:
         if "single" in parts:
             check_single(report, await single(made, report, rounds))
@@ -173,6 +185,34 @@ async def main(quick: bool, json_path: str | None, model: Path, count: int, part
                 report.add(**row)
             check_many(report, count, float(str(held["all_s"])), float(str(held["memory_mib"])))
     return report.finish(json_path)
+
+
+def twin(report: common.Report) -> None:
+    """Simulated."""
+    hardware = starts.Hardware()
+    for path in ("cold", "warm", "hot", "fork"):
+        for nodes in (1, TWIN_NODES):
+            found = starts.waterfall(path, TWIN_BYTES, hardware, nodes)
+            load = found.te_load
+            if path == "fork" and nodes > 1:
+                layout = next(layout for layout in starts.LAYOUTS if layout.name.endswith("(ours)"))
+                load = max(starts.fork_seconds(layout, nodes, TWIN_BYTES, hardware, TWIN_CHUNK))
+            report.add(
+                simulated="70B TP8", path=path, nodes=nodes, scaler_pre=found.scaler_pre,
+                te_pre_load=found.te_pre_load, te_load=load, te_post_load=found.te_post_load,
+                scaler_post=found.scaler_post, total_s=found.total - found.te_load + load,
+                paper_te_load_s=PAPER[path] if nodes == 1 else "",
+            )  # fmt: skip
+    last = {}
+    for layout in starts.LAYOUTS:
+        loads = {
+            count: max(starts.fork_seconds(layout, count, TWIN_BYTES, hardware, TWIN_CHUNK))
+            for count in (1, 2, 4, 8, 16, 32, 64)
+        }
+        report.add(forks=layout.name, **{f"nodes_{count}_s": value for count, value in loads.items()})
+        last[layout.name] = loads[TWIN_NODES]
+    star, ours = last["one to one, all from the source"], last["tree of 2 (ours)"]
+    report.check("simulated: one to one over our tree, 64 nodes", star / ours, "x", "stated", None)
 
 
 def check_single(report: common.Report, medians: dict[str, float]) -> None:
