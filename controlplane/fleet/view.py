@@ -58,6 +58,8 @@ class FleetView:
         self.prefixes = PrefixIndex(prefix_blocks, self._slots)
         self.on_change: Callable[[], None] = lambda: None
         """Called when a task that found no executor may find one now."""
+        self.on_start: Callable[[ExecutorRecord, float], None] | None = None
+        """Called when an executor that began to serve can be sent to, with the time (Unix seconds)."""
         self._settings = settings
         self._eager = eager
         self._clock = clock
@@ -292,6 +294,8 @@ class FleetView:
         if seconds is not None:
             path = member.record.start_path or "cold"
             metrics.ACTUATION.labels("scaler_post", path).observe(seconds)
+            if self.on_start is not None:
+                self.on_start(member.record, self._wall_clock())
             log.info("executor %s can be sent to %.3f s after it was ready", member.record.te_id, seconds)
 
     async def _count(self) -> None:

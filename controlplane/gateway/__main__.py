@@ -74,7 +74,12 @@ async def _serve(arguments: argparse.Namespace) -> None:
     from controlplane.gateway.app import create_app
     from controlplane.gateway.server import GatewayServer, uvicorn_config
     from controlplane.gateway.settings import GatewaySettings
+    from controlplane.jobs.tracing import Tracing, TracingError
 
+    try:
+        Tracing.from_env(os.environ, arguments.gateway_id)
+    except TracingError as error:
+        sys.exit(str(error))
     overrides: dict[str, object] = {
         "gateway_id": arguments.gateway_id,
         "redis_url": arguments.redis_url,

@@ -22,6 +22,7 @@ class RequestContext:
 
     request_id: str
     traceparent: str
+    parent_span: str = ""  # of the client
     started: float = field(default_factory=time.perf_counter)
     mark: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)  # name -> seconds
@@ -73,13 +74,13 @@ def request_id_from(value: bytes | None) -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
-def traceparent_from(value: bytes | None) -> str:
-    """W3C trace context: this server's span in the client's trace, or in a new one."""
+def traceparent_from(value: bytes | None) -> tuple[str, str]:
+    """W3C trace context: this server's span in the client's trace and the client's span, or a new trace's."""
     match = _TRACEPARENT.match(value) if value is not None else None
     span = secrets.token_hex(8)
     if match is not None:
         version, trace, parent, flags, rest = match.groups()
         known = (version == b"00" and rest is None) or version not in (b"00", b"ff")
         if known and trace.strip(b"0") and parent.strip(b"0"):
-            return f"00-{trace.decode()}-{span}-{flags.decode()}"
-    return f"00-{secrets.token_hex(16)}-{span}-01"
+            return f"00-{trace.decode()}-{span}-{flags.decode()}", parent.decode()
+    return f"00-{secrets.token_hex(16)}-{span}-01", ""

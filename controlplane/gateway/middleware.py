@@ -51,9 +51,11 @@ class RequestMiddleware:
         for name, value in scope["headers"]:
             if name in (b"x-request-id", b"traceparent"):
                 given.setdefault(name, value)
+        traceparent, parent_span = traceparent_from(given.get(b"traceparent"))
         context = RequestContext(
             request_id=request_id_from(given.get(b"x-request-id")),
-            traceparent=traceparent_from(given.get(b"traceparent")),
+            traceparent=traceparent,
+            parent_span=parent_span,
             send=send,
         )
         scope[SCOPE_KEY] = context

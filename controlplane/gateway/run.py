@@ -122,6 +122,7 @@ class Run:
             priority=self._principal.priority,
             timeout_seconds=max(left, 0.001),
             traceparent=self.context.traceparent,
+            parent_span=self.context.parent_span,
             key_id=self._principal.key_id,
         )
 

@@ -148,6 +148,7 @@ class Job:
                 priority=request.priority,
                 timeout_seconds=request.timeout_seconds,
                 traceparent=request.traceparent,
+                parent_span=request.parent_span,
             ),
             tasks=tuple(choice.record() for choice in self.choices),
             placed_at=self.placed_at,

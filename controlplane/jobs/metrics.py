@@ -56,4 +56,9 @@ RECORDS = Counter("deepflow_jobs_records_total", "Record writes by outcome.", ["
 RECORDS_PENDING = Gauge(
     "deepflow_jobs_records_pending", "Records not yet written.", multiprocess_mode="livesum"
 )
+TRACES = Counter(
+    "deepflow_jobs_traces_total",
+    "Ended jobs and starts whose spans were `sent`, could not be (`failed`), or found no room (`dropped`).",
+    ["outcome"],
+)
 STORE_UP = Gauge("deepflow_jobs_store_up", "The job store took the last write.", multiprocess_mode="livemin")

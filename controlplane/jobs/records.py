@@ -73,6 +73,7 @@ class RequestRecord:
     priority: int
     timeout_seconds: float
     traceparent: str
+    parent_span: str = ""  # of the client, 16 hex digits; "" where it gave no trace context
 
 
 @dataclass(frozen=True, slots=True)

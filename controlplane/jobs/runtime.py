@@ -10,8 +10,11 @@ TaskGroup; enter and leave in the same task.
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 from types import TracebackType
 
+from deepflow.v1 import worker_pb2
 from redis.asyncio import BlockingConnectionPool, Redis
 
 from controlplane.fleet.view import FleetView
@@ -19,6 +22,8 @@ from controlplane.jobs.executor import JobExecutor
 from controlplane.jobs.job import Job
 from controlplane.jobs.settings import RuntimeSettings
 from controlplane.jobs.store import JobStore
+from controlplane.jobs.traces import start_spans
+from controlplane.jobs.tracing import Tracing
 from controlplane.jobs.writer import RecordWriter
 
 __all__ = ["RuntimeSettings", "ServingRuntime"]
@@ -33,6 +38,7 @@ class ServingRuntime:
     """An asynchronous context manager; the properties are valid inside the block."""
 
     def __init__(self, settings: RuntimeSettings) -> None:
+        """Raises TracingError where traces are asked for and cannot be sent."""
         self.settings = settings
         self._redis = Redis(
             connection_pool=BlockingConnectionPool.from_url(
@@ -53,7 +59,15 @@ class ServingRuntime:
             policy=settings.scheduling,
         )
         self._executor = JobExecutor(self._fleet, settings, on_changed=self._changed)
-        self._writer = RecordWriter(self._store, lambda: self._executor.live_jobs, settings)
+        self._tracing = Tracing.from_env(os.environ, settings.gateway_id)
+        self._writer = RecordWriter(
+            self._store,
+            lambda: self._executor.live_jobs,
+            settings,
+            ended=None if self._tracing is None else self._tracing.job,
+        )
+        if self._tracing is not None:
+            self._fleet.on_start = self._started
         self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -76,6 +90,8 @@ class ServingRuntime:
             self._group.create_task(self._executor.run(), name="jobs"),
             self._group.create_task(self._writer.run(), name="job-records"),
         ]
+        if self._tracing is not None:
+            self._tasks.append(self._group.create_task(self._tracing.run(), name="traces"))
         return self
 
     async def __aexit__(
@@ -89,10 +105,17 @@ class ServingRuntime:
         finally:
             for task in self._tasks:
                 task.cancel()
+            if self._tracing is not None:
+                await self._tracing.close()
             try:
                 await self._group.__aexit__(kind, error, trace)
             finally:
                 await self._redis.aclose()
+
+    def _started(self, record: worker_pb2.ExecutorRecord, reached: float) -> None:
+        """An executor that began to serve can be sent to."""
+        assert self._tracing is not None
+        self._tracing.start(functools.partial(start_spans, record, reached, self.settings.gateway_id))
 
     def _changed(self, job: Job) -> None:
         self._writer.changed(job)

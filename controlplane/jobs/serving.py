@@ -53,6 +53,7 @@ class ServingRequest:
     priority: int = 0
     timeout_seconds: float = 600.0  # whole request; passed down, never restarted
     traceparent: str = ""
+    parent_span: str = ""  # of the client
     key_id: str = ""
 
 

@@ -32,8 +32,16 @@ log = logging.getLogger(__name__)
 class RecordWriter:
     """`changed` from serving; `run` until cancelled; `flush` at the end."""
 
-    def __init__(self, store: JobStore, live: Callable[[], Iterable[Job]], settings: RuntimeSettings) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        live: Callable[[], Iterable[Job]],
+        settings: RuntimeSettings,
+        ended: Callable[[JobRecord], None] | None = None,
+    ) -> None:
+        """`ended` is told of each job once, when it has ended."""
         self._store = store
+        self._ended = ended
         self._live = live
         self._settings = settings
         # An ended job waits as its record: the job itself would keep prompt and answer in memory.
@@ -48,8 +56,13 @@ class RecordWriter:
         """Never blocks."""
         if job.job_id not in self._marked and len(self._marked) >= self._settings.record_pending:
             self._drop_one()
-        ended = job.state.terminal
-        self._marked[job.job_id] = job.record(self._settings.gateway_id, time.time()) if ended else job
+        if not job.state.terminal:
+            self._marked[job.job_id] = job
+        else:
+            first = not isinstance(self._marked.get(job.job_id), JobRecord)
+            self._marked[job.job_id] = record = job.record(self._settings.gateway_id, time.time())
+            if first and self._ended is not None:
+                self._ended(record)
         self._work.set()
 
     async def run(self) -> None:

@@ -1,6 +1,6 @@
 """From a decision to the first token of a real request: one executor by each path, and many from zero.
 
-    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many|twin] [--many N]
+    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many|twin|peer] [--many N]
                                  [--model PATH]
 
 Executors are started, given their model and watched by the supervisor's own parts (`controlplane.local`), on
@@ -23,8 +23,10 @@ the other. Many: the template runs, no executor does. Memory is the Pss of all o
 and what the template took before; weights, libraries and what else they share count once.
 Needs the small model and Linux.
 
+Peer: from the command to the first token over HTTP, `deepflow up` and `vllm serve` in turn (installed by
+tests.bench.peers.install).
 Twin: not measured but computed from stated bandwidths (controlplane.twin.starts): a 70B model on eight
-devices of each of 64 nodes, beside DeepServe's table of one node; forks of 1 to 64 nodes by layout of the tree.
+devices of each of 64 nodes, beside the table of DeepServe for one; forks of 1 to 64 nodes by layout.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from controlplane.local.starts import PHASES, Node, node, steps
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
 from controlplane.twin import starts
-from tests.bench import common
+from tests.bench import common, scale_peers
 from tests.bench.scale_forks import feeding, forks
 from tests.bench.scale_live import live
 
@@ -49,7 +51,7 @@ PROGRAMS = 8  # started as programs, as the baseline of many: more would only wa
 KV_BYTES = 256 << 20
 MANY_KV_BYTES = 16 << 20
 LIVE_SECONDS = 30.0  # before the starts, and at least while they go on
-PARTS = ("single", "forks", "live", "many", "twin")
+PARTS = ("single", "forks", "live", "many", "twin", "peer")
 TWIN_BYTES, TWIN_NODES = 141.2e9, 64  # Llama-3-70B in bfloat16
 TWIN_CHUNK = 64e6  # of a rank's part, fed on when it has arrived: kvtransfer.images.WINDOW_BLOCKS
 PAPER = {"cold": "", "warm": "24", "hot": "3.2", "fork": "0.91"}
@@ -155,7 +157,9 @@ async def main(quick: bool, json_path: str | None, model: Path, count: int, part
     rounds = QUICK_ROUNDS if quick else ROUNDS
     if "twin" in parts:
         twin(report)
-    if parts == ["twin"]:
+    if "peer" in parts:
+        scale_peers.starts(report, rounds, compiled=not quick)
+    if not set(parts) - {"twin", "peer"}:
         return report.finish(json_path)
     async with node(model, "bfloat16") as made:
         if "single" in parts:
