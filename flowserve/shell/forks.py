@@ -7,6 +7,7 @@ can be fed on as far as it is here, and what is loaded when somebody asks (`kvtr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import mmap
 import os
@@ -54,6 +55,11 @@ class Forks:
             log.warning("no executor feeds %s: %s", spec.revision, error)
             return None
         return ForkFeed(self, spec, described.image)
+
+    def forget(self) -> None:
+        """What was received is not fed any more, and not kept: the load failed. Any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self.images.end)
 
     def fetch(self, spec: LoadSpec, image: Description, mapping: mmap.mmap, fd: int) -> None:
         """On the loading thread. Raises TransferError, TimeoutError."""

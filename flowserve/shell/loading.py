@@ -177,6 +177,14 @@ class Loader:
 
     def __call__(self, spec: LoadSpec, role: Role) -> Model:
         """Loads and starts. Raises LoadFailed; other errors are the loader's own."""
+        try:
+            return self._load(spec, role)
+        except BaseException:
+            if self._forks is not None:
+                self._forks.forget()
+            raise
+
+    def _load(self, spec: LoadSpec, role: Role) -> Model:
         asked, cold = time.time(), not self._preloaded
         spec.check()
         self.preload()
