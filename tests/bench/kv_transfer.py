@@ -129,7 +129,7 @@ class Ends:
 
     def mapped(self) -> HostPool:
         """The sender's pool as the receiver over shared memory sees it."""
-        (peer,) = self.receivers["shm"]._peers._peers.values()
+        (peer,) = self.receivers["shm"].peers._peers.values()
         assert isinstance(peer.transport, ShmTransport)
         return peer.transport._source
 

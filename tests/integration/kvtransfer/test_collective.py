@@ -50,7 +50,7 @@ def to_receive(**options: Any) -> Any:
 
 
 def pair_of(receiver: Receiver) -> Any:
-    (peer,) = receiver._peers._peers.values()
+    (peer,) = receiver.peers._peers.values()
     assert isinstance(peer.transport, CollectiveTransport)
     return peer.transport._end
 

@@ -441,7 +441,7 @@ async def test_idle_peers_beyond_the_bound_are_closed(tmp_path: Path) -> None:
                 host.offer_all(f"t{round_}", [1], 16)
                 await host.pull(receiver, f"t{round_}", [1], 16)
                 await host.outcome(f"t{round_}")
-        assert len(receiver._peers) == 2
+        assert len(receiver.peers) == 2
 
 
 async def test_a_receiver_that_closes_leaves_no_task(tmp_path: Path) -> None:
