@@ -109,8 +109,9 @@ def _attempt_spans(root: Span, task: TaskRecord, attempt: AttemptRecord, job_end
     if waited is not None:
         started = attempt.submitted_at + waited
         yield _child(span, "wait for a step", key, attempt.submitted_at, started)
-        if attempt.transfer_seconds:  # the transfer is the last that is waited for
-            yield _child(span, "kv transfer", key, started - attempt.transfer_seconds, started)
+        if attempt.transfer_seconds:  # the pull begins when the task is accepted, and waits for the prefill
+            begun = attempt.submitted_at
+            yield _child(span, "kv transfer", key, begun, begun + attempt.transfer_seconds)
         if attempt.compute_seconds is not None:
             yield _child(span, "compute", key, started, started + attempt.compute_seconds)
 
