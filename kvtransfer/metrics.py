@@ -51,6 +51,10 @@ RATE = Gauge(
     "deepflow_kv_rate_bytes_per_second", "Rate of this receiver's copies, as last measured.", ("transport",)
 )
 PEERS = Gauge("deepflow_kv_peers", "Peers with a cached channel (and mapping) at this receiver.")
+PEERS_GONE = Counter(
+    "deepflow_kv_peers_gone_total",
+    "Idle peers whose process or pool had ended, so that their mapped memory was let go.",
+)
 
 ACTIVE_LEASES = Gauge("deepflow_kv_active_leases", "Transfers on offer at this sender that have not ended.")
 RELEASED = Counter(

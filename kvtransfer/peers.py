@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import grpc.aio
 from deepflow.v1 import kvtransfer_pb2 as pb
 from deepflow.v1 import kvtransfer_pb2_grpc as pb_grpc
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 MAX_PEERS = 64
 """Peers kept when idle: above the size of any TE group planned so far (ours)."""
+
+SWEEP_SECONDS = 5.0
+"""How soon the memory of a peer that is gone is let go (ours): a pool stays as long as anybody maps it."""
 
 READ_METHOD = "/deepflow.v1.KVTransfer/Read"
 
@@ -157,6 +161,14 @@ class Peer:
         mode = local.transports if local.transports in BEST_FIRST else "auto"
         return await open_best(mode, sockets, str(self))
 
+    @property
+    def gone(self) -> bool:
+        """Its pool was given up, or the connection to it has ended: what is mapped of it helps nobody."""
+        transport = self._transport
+        if isinstance(transport, ShmTransport) and transport.retired:
+            return True
+        return self._handshake is not None and self.channel.get_state() is not grpc.ChannelConnectivity.READY
+
     async def forget(self) -> None:
         """The next `connect` shakes hands anew."""
         self._handshake = None
@@ -247,6 +259,7 @@ class PeerCache:
         self._max_peers = max_peers
         self._tls = tls
         self._peers: OrderedDict[tuple[str, str, str], Peer] = OrderedDict()
+        self._sweeping: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -265,6 +278,8 @@ class PeerCache:
                 await self._drop(other)  # an older life of the same executor
         if (peer := self._peers.get(key)) is None:  # looked at again: another pull may have made it
             peer = self._peers[key] = Peer(address, te_id, incarnation, self._tls)
+        if self._sweeping is None:
+            self._sweeping = asyncio.get_running_loop().create_task(self._sweep(), name="kv-peers")
         self._peers.move_to_end(key)
         self.hold(peer)
         await self._evict()
@@ -290,8 +305,23 @@ class PeerCache:
             await self._drop(key)
 
     async def close(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeping
+            self._sweeping = None
         for key in list(self._peers):
             await self._drop(key)
+
+    async def _sweep(self) -> None:
+        """Lets go of peers that are gone. One in use is left to its pull, which notices."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            for key, peer in list(self._peers.items()):
+                if peer.users == 0 and peer.gone:
+                    logger.info("peer %s is gone: its memory is let go", peer)
+                    metrics.PEERS_GONE.inc()
+                    await self._drop(key)
 
     async def _drop(self, key: tuple[str, str, str]) -> None:
         peer = self._peers.pop(key, None)

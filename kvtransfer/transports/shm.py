@@ -31,6 +31,11 @@ class ShmTransport:
         self._source = source
         self._workers = workers
 
+    @property
+    def retired(self) -> bool:
+        """The sender gave its memory up."""
+        return self._source.retired
+
     async def copy(self, job: Job) -> None:
         blocks = job.blocks()
         if not blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ import pytest
 from deepflow.v1 import kvtransfer_pb2 as pb
 from deepflow.v1 import kvtransfer_pb2_grpc as pb_grpc
 
+from kvtransfer import peers
 from kvtransfer.auth import TokenAuth, call_metadata
 from kvtransfer.channel import open_channel
 from kvtransfer.errors import TransferError, TransferErrorCode, TransportUnavailable
@@ -442,6 +444,44 @@ async def test_idle_peers_beyond_the_bound_are_closed(tmp_path: Path) -> None:
                 await host.pull(receiver, f"t{round_}", [1], 16)
                 await host.outcome(f"t{round_}")
         assert len(receiver.peers) == 2
+
+
+def mapped_pools() -> int:
+    """KV pools that this process maps, its own included."""
+    return sum("memfd:deepflow-kv" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.parametrize("how", ["killed", "retired"])
+async def test_the_memory_of_a_peer_that_is_gone_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(peers, "SWEEP_SECONDS", 0.05)
+    async with serving(tmp_path, te_id="te-stays") as stays, receiving(tmp_path) as (receiver, _pool):
+        stays.offer_all("s", [1], 16)
+        await stays.pull(receiver, "s", [1], 16)
+        before = mapped_pools()
+        if how == "killed":
+            with SenderProcess(tmp_path) as process:
+                process.offer_all("t", [1], 16)
+                assert (await process.pull(receiver, "t", [1], 16)).transport == "shm"
+                assert mapped_pools() == before + 1
+                process.kill()
+                async with asyncio.timeout(10):
+                    while mapped_pools() > before:
+                        gc.collect()
+                        await asyncio.sleep(0.05)
+        else:
+            async with serving(tmp_path, te_id="te-goes") as goes:
+                goes.offer_all("t", [1], 16)
+                await goes.pull(receiver, "t", [1], 16)
+                assert len(receiver.peers) == 2
+                goes.service.detach_store()
+                goes.pool.close()
+                async with asyncio.timeout(10):
+                    while len(receiver.peers) == 2:
+                        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)  # one that lives is kept
+        assert receiver.transport_to(stays.address, "te-stays", "p1") == "shm"
 
 
 async def test_a_receiver_that_closes_leaves_no_task(tmp_path: Path) -> None:
