@@ -91,6 +91,7 @@ class CacheLoop:
         async with asyncio.TaskGroup() as group:
             for uid, uri in due:
                 group.create_task(self._ask(session, gate, uid, by_uid[uid], uri))
+        self._cluster.fetched = {pair for pair, one in self._kept.items() if one.state is CacheState.READY}
         for cache in caches:
             await self._say(cache, pods)
         for state in CacheState:

@@ -424,6 +424,8 @@ class Executors:
     ) -> None:
         sources = self._sources(uid, revision)
         known.loading = revision
+        fed = f", may be fed by {', '.join(source.address.te_id for source in sources)}" if sources else ""
+        log.info("%s loads %s from %s%s", known.address.te_id, revision, path, fed)
         request = worker_pb2.LoadModelRequest(
             model_revision=revision,
             path=path,

@@ -37,7 +37,7 @@ from controlplane.operator.acting import Actor
 from controlplane.operator.cluster import Cluster, scaler_name
 from controlplane.operator.executors import Target
 from controlplane.operator.plan import plan_serving
-from controlplane.operator.plan.claim import Want, claimable, share
+from controlplane.operator.plan.claim import Want, claimable, fastest, share
 from controlplane.operator.plan.status import Facts, conditions, summary
 from controlplane.operator.plan.values import Claim, Plan, Pod, Serving
 from controlplane.operator.pods import hash_of, load_hash, template_of
@@ -114,6 +114,7 @@ class ServingController:
             for pod in claimable(cluster.warm_pods((key[0], pool["metadata"]["name"])))
             if pod.uid not in cluster.reserved
         ]
+        free = fastest(free, serving.spec.model.uri, cluster.fetched)
         wanted = Serving(
             key=key,
             uid=uid_of(obj),

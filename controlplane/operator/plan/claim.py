@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from controlplane.api.resources.modelserving import Role
@@ -29,6 +29,12 @@ def claimable(pods: Sequence[Pod]) -> list[Pod]:
     """Warm pods that are ready, oldest first: they have proved themselves longest."""
     free = [p for p in pods if p.state is PodState.WARM and p.ready and not p.deleting and not p.ended]
     return sorted(free, key=lambda pod: (pod.created, pod.key))
+
+
+def fastest(free: Sequence[Pod], uri: str, fetched: Container[tuple[str, str]]) -> list[Pod]:
+    """`free` with those first whose fetcher has the file of `uri` already: a pair of (pod's uid, URI) in
+    `fetched`. Otherwise in their order."""
+    return sorted(free, key=lambda pod: (pod.uid, uri) not in fetched)
 
 
 def share(free: int, mine: Want, others: Sequence[Want]) -> int:

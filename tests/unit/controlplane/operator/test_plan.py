@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from controlplane.api.resources.modelserving import Role
 from controlplane.api.resources.names import PodState
 from controlplane.operator.plan import plan_pool, plan_serving
-from controlplane.operator.plan.claim import Want, claimable, share
+from controlplane.operator.plan.claim import Want, claimable, fastest, share
 from controlplane.operator.plan.values import (
     Assign,
     Claim,
@@ -409,3 +409,13 @@ def test_warm_pods_are_shared_once_and_by_priority(free: int, wants: list[tuple[
     for want in everyone:
         if given[want.key] < want.missing:
             assert all(given[o.key] == 0 for o in everyone if o.priority < want.priority)
+
+
+def test_pods_that_have_the_file_are_claimed_before_older_ones() -> None:
+    pods = [
+        Pod(("n", f"p{number}"), f"u{number}", "1", PodState.WARM, created=float(number), ready=True)
+        for number in range(4)
+    ]
+    has = {(pods[2].uid, "file:///m"), (pods[0].uid, "file:///other")}
+    ordered = fastest(claimable(pods), "file:///m", has)
+    assert [pod.key[1] for pod in ordered] == ["p2", "p0", "p1", "p3"]
