@@ -40,6 +40,14 @@ class Model(Protocol):
         """Float32 logits [len(rows), vocab] of tokens of the last `forward`, numbered as in its batch."""
         ...
 
+    def sleep(self) -> None:
+        """Gives the device's memory back: weights wait in the host's. No `forward` until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """After `sleep`: weights are on the device again. What was recorded is gone: `Device.prepare` anew."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -41,7 +41,7 @@ Capture = Callable[[Callable[[], torch.Tensor]], Captured]
 
 
 class GraphedLlama:
-    """A TorchLlama whose decodes are replayed. `prepare` comes once, before the first `forward`."""
+    """A TorchLlama whose decodes are replayed. `prepare` comes before the first `forward`, also after `wake`."""
 
     def __init__(self, model: TorchLlama, capture: Capture) -> None:
         self._model, self._capture = model, capture
@@ -103,6 +103,18 @@ class GraphedLlama:
             return self._model.logits(rows)
         return self._replayed[torch.from_numpy(rows).long()]
 
+    def sleep(self) -> None:
+        self._forget()
+        self._model.sleep()
+
+    def wake(self) -> None:
+        self._model.wake()
+
     def close(self) -> None:
-        self._steps.clear()
+        self._forget()
         self._model.close()
+
+    def _forget(self) -> None:
+        """What was recorded reads weights and pages where they lay then."""
+        self._steps.clear()
+        self._inputs, self._replayed = torch.zeros(0), None

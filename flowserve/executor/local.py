@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +40,20 @@ class Opening:
 class LocalExecutor:
     """Runs batches of one model. Use from one thread."""
 
-    def __init__(self, model: Model, pool: Pool, info: ModelInfo, opening: Opening | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        pool: Pool,
+        info: ModelInfo,
+        opening: Opening | None = None,
+        *,
+        rouse: Callable[[], Pool] | None = None,
+    ) -> None:
+        """`rouse` wakes a model that sleeps and gives its new pool; without it the executor cannot sleep."""
         self._model = model
         self._pool = pool
         self._info = info
+        self._rouse = rouse
         self.opening = opening or Opening()
         self._closed = False
 
@@ -99,6 +109,21 @@ class LocalExecutor:
             raw = self._model.logits(numbers).log_softmax(dim=-1)
             scored += token_logprobs(raw, tokens, [wanted] * len(tokens))
         return scored
+
+    def sleep(self) -> None:
+        """Gives the pool's memory back and keeps the weights in the host's. No step and no transfer may run
+        until `wake`. Raises RuntimeError where it cannot sleep."""
+        if self._rouse is None:
+            raise RuntimeError("this executor cannot sleep")
+        self._pool.close()
+        self._model.sleep()
+
+    def wake(self) -> None:
+        """After `sleep`: with an empty pool, whose `store` is another. Raises PoolError where there is no memory
+        for it; the executor can then only be closed."""
+        if self._rouse is None:
+            raise RuntimeError("this executor cannot sleep")
+        self._pool = self._rouse()
 
     def close(self) -> None:
         """Frees weights and pool; idempotent. Peers that map the pool notice that it is retired."""
@@ -160,6 +185,17 @@ def open_executor(
         raise PoolError(f"kv_cache_bytes {kv_cache_bytes} is less than one block of {layout.block_bytes}")
     model: Model
     pool: Pool
+    rouse: Callable[[], Pool]
+
+    def make_pool() -> Pool:
+        made = where.make_pool(layout, num_blocks)
+        try:
+            where.prepare(model, made, max_len)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
     if tensor_parallel == 1:
         model = where.make_model(
             source,
@@ -171,22 +207,20 @@ def open_executor(
         )
         loaded = time.perf_counter()
         try:
-            pool = where.make_pool(layout, num_blocks)
+            pool = make_pool()
         except BaseException:
             model.close()
             raise
-        try:
-            where.prepare(model, pool, max_len)
-        except BaseException:
-            model.close()
-            pool.close()
-            raise
+
+        def rouse() -> Pool:
+            model.wake()
+            return make_pool()
     elif quantization:
         raise UnsupportedModel(f"quantization {quantization} is not implemented with tensor parallel")
     else:
         from flowserve.executor.ranks import open_ranks  # loads torch.distributed
 
-        model, pool = open_ranks(
+        model, pool, rouse = open_ranks(
             Path(path),
             source,
             where,
@@ -214,4 +248,4 @@ def open_executor(
         cached.used or "" if cached is not None else "",
         cached.named if cached is not None else None,
     )
-    return LocalExecutor(model, pool, info, opening)
+    return LocalExecutor(model, pool, info, opening, rouse=rouse)

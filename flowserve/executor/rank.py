@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,6 +62,16 @@ class Logits:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """The pool is given back, weights go to host memory. Answered with None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Undoes Sleep, with an empty pool. Answered with None, or what went wrong."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadBlocks:
     start: int
     count: int
@@ -73,11 +84,12 @@ class StoreBlocks:
     start: int
 
 
-def serve_pages(pages: Connection, store: BlockStore) -> None:
+def serve_pages(pages: Connection, store_now: Callable[[], BlockStore]) -> None:
     """Answers reads with bytes and writes with None until the driver is gone, then ends the process."""
     try:
         while True:
             request = pages.recv()
+            store = store_now()
             if isinstance(request, LoadBlocks):
                 pages.send_bytes(store.load(request.start, request.count))
             else:
@@ -104,7 +116,7 @@ def run(steps: Connection, pages: Connection) -> None:
     except Exception as error:  # noqa: BLE001  a task boundary: told to the driver
         steps.send(error)
         return
-    threading.Thread(target=serve_pages, args=(pages, pool.store), name="pages", daemon=True).start()
+    threading.Thread(target=serve_pages, args=(pages, lambda: pool.store), name="pages", daemon=True).start()
     steps.send(None)
     group = device.join(spec.rank, spec.size, spec.meeting_file)
     try:
@@ -126,6 +138,18 @@ def run(steps: Connection, pages: Connection) -> None:
                 device.prepare(model, pool, spec.max_len)
             elif isinstance(request, Forward):
                 model.forward(request.batch, pool.pages)
+            elif isinstance(request, Sleep):
+                pool.close()
+                model.sleep()
+                steps.send(None)
+            elif isinstance(request, Wake):
+                try:
+                    pool = device.make_pool(spec.layout, spec.num_blocks)
+                    model.wake()
+                except Exception as error:  # noqa: BLE001  a task boundary: told to the driver
+                    steps.send(error)
+                    return
+                steps.send(None)
             else:
                 model.logits(request.rows)
     group.close()

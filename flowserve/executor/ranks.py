@@ -34,7 +34,16 @@ from flowserve.devices import Device, Model, Pool, rank_device
 from flowserve.devices.collective import Group
 from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.executor.interface import ExecutorLost
-from flowserve.executor.rank import Forward, LoadBlocks, Logits, Prepare, RankSpec, StoreBlocks
+from flowserve.executor.rank import (
+    Forward,
+    LoadBlocks,
+    Logits,
+    Prepare,
+    RankSpec,
+    Sleep,
+    StoreBlocks,
+    Wake,
+)
 from flowserve.models.config import ModelConfig
 from flowserve.models.loader import DTYPES
 from flowserve.models.shard import shard_config
@@ -79,12 +88,12 @@ class Rank:
         if (code := self._process.poll()) is not None:
             raise ExecutorLost(f"rank {self.number} has ended with code {code}")
 
-    def send(self, request: Prepare | Forward | Logits) -> None:
+    def send(self, request: Prepare | Forward | Logits | Sleep | Wake) -> None:
         with self._lost():
             self._steps.send(request)
 
     def wait_ready(self) -> None:
-        """Until the rank has reached its next point of loading. Raises what the rank could not do."""
+        """Until the rank has reached its next point of loading, or sleeps. Raises what it could not do."""
         with self._lost():
             if not self._steps.poll(LOAD_SECONDS):
                 raise ExecutorLost(f"rank {self.number} did not load in {LOAD_SECONDS:.0f} s")
@@ -154,6 +163,32 @@ class RankModel:
             return compute()
         except Exception as error:  # whatever it was, the ranks no longer stand at the same place
             raise ExecutorLost(f"a step over {len(self._ranks) + 1} ranks broke off: {error}") from error
+
+    def sleep(self) -> None:
+        """All ranks; their pools go too. Raises ExecutorLost."""
+        for rank in self._ranks:
+            rank.send(Sleep())
+        self._local.sleep()
+        for rank in self._ranks:
+            rank.wait_ready()
+
+    def wake(self) -> None:
+        """All ranks, with empty pools. Raises PoolError, ExecutorLost."""
+        for rank in self._ranks:
+            rank.send(Wake())
+        self._local.wake()
+        for rank in self._ranks:
+            rank.wait_ready()
+
+    def prepare(self, device: Device, pool: Pool, max_len: int) -> None:
+        """What is to be recorded is recorded, by all at once."""
+        for rank in self._ranks:
+            rank.send(Prepare())
+        device.prepare(self._local, pool, max_len)
+
+    def pool(self, layout: KVLayout, local: Pool) -> RankPool:
+        """All ranks' pools as one of all heads, as `layout`; `local` is rank 0's."""
+        return RankPool(local, RankStore(layout, local.store, self._ranks))
 
     def close(self) -> None:
         """Ends the ranks' processes; idempotent."""
@@ -261,8 +296,9 @@ def open_ranks(
     num_blocks: int,
     max_len: int,
     threads: int,
-) -> tuple[RankModel, RankPool]:
+) -> tuple[RankModel, RankPool, Callable[[], RankPool]]:
     """Starts `size - 1` processes beside this one and loads the model into all; `layout` has all KV heads.
+    The third wakes all and gives their new pools, after `RankModel.sleep`.
 
     Raises what `open_device`, `make_model` and `make_pool` raise, here or in a rank; UnsupportedModel where
     the model cannot be shared out; ExecutorLost for a rank that died or hangs.
@@ -299,9 +335,8 @@ def open_ranks(
             )
             for rank in ranks:
                 rank.wait_ready()
-            for rank in ranks:
-                rank.send(Prepare())
-            device.prepare(model, pool, max_len)
+            together = RankModel(source.config, model, ranks, group)
+            together.prepare(device, pool, max_len)
         except BaseException:
             close_ranks(ranks)
             if group is not None:
@@ -310,4 +345,15 @@ def open_ranks(
                 pool.close()
             raise
     log.info("%d ranks, processes %s", size, ", ".join(str(rank.pid) for rank in ranks))
-    return RankModel(source.config, model, ranks, group), RankPool(pool, RankStore(layout, pool.store, ranks))
+
+    def remake() -> RankPool:
+        fresh = device.make_pool(share, num_blocks)
+        try:
+            together.wake()
+            together.prepare(device, fresh, max_len)
+        except BaseException:
+            fresh.close()
+            raise
+        return together.pool(layout, fresh)
+
+    return together, together.pool(layout, pool), remake

@@ -115,6 +115,15 @@ class TorchLlama:
                 placed[name] = shard_head(tensor, group.rank, group.size).to(device)
             else:
                 placed[name] = tensor.to(device)
+        self._take(placed)
+        if self._image is not None and device.type != "cpu":  # all of it is on the device now
+            self._image.close()
+        self._hidden = torch.zeros(0, config.hidden, dtype=dtype, device=device)
+
+    def _take(self, placed: dict[str, torch.Tensor]) -> None:
+        """Computes with these weights from now on."""
+        config, group = self.config, self._group
+        self._placed = placed
         self._embedding, self._final_norm = placed["embedding"], placed["final_norm"]
         self._cosines, self._sines = placed["cosines"], placed["sines"]
         if config.tied and group is not None:
@@ -126,9 +135,6 @@ class TorchLlama:
             _Layer(**{name: placed[key] for name in names if (key := f"layers.{index}.{name}") in placed})
             for index in range(config.layers)
         ]
-        if self._image is not None and device.type != "cpu":  # all of it is on the device now
-            self._image.close()
-        self._hidden = torch.zeros(0, config.hidden, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
@@ -206,9 +212,24 @@ class TorchLlama:
             logits = self._group.join_columns(logits)[:, : self.config.vocab_size]
         return logits
 
+    def sleep(self) -> None:
+        """Moves the weights to host memory and gives the device's back. No step may run until `wake`."""
+        self._hidden = self._hidden[:0].clone()
+        if self.device.type != "cpu":
+            self._move(torch.device("cpu"))
+            torch.get_device_module(self.device).empty_cache()
+
+    def wake(self) -> None:
+        if self.device.type != "cpu":
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        self._take({name: tensor.to(device) for name, tensor in self._placed.items()})
+
     def close(self) -> None:
         """Lets the node's copy of the weights go, where they lie there. No step may run."""
         self._layers.clear()
+        self._placed.clear()
         if self._image is not None:
             self._image.close()
 

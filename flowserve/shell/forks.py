@@ -11,7 +11,7 @@ import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvtransfer.errors import TransferError
@@ -29,8 +29,8 @@ MIN_RATE = 16 << 20
 """Bytes a second below which a fetch is given up for storage (ours): what a slow disk does."""
 GRACE_SECONDS = 30.0
 
-Loaded = Callable[[], "tuple[str, WeightCache, Named] | None"]
-"""The loaded revision, the cache that holds its weights, and their name there; None without. Any thread."""
+Loaded = Callable[[], "Iterable[tuple[str, WeightCache, Named]]"]
+"""The revisions that are loaded or sleep, the cache that holds their weights, their names there. Any thread."""
 
 
 class Forks:
@@ -114,20 +114,14 @@ class _Held:
         self._loaded = loaded
 
     def described(self, revision: str) -> Description | None:
-        found = self._loaded()
-        if found is None or found[0] != revision:
-            return None
-        return _description(found[2])
+        return next((_description(named) for held, _, named in self._loaded() if held == revision), None)
 
     def opened(self, image: Description) -> ImageStore | None:
-        """The file of what is loaded now, if it is that image."""
-        found = self._loaded()
-        if found is None or _description(found[2]) != image:
-            return None
-        fd = found[1].opened(found[2])
-        if fd is None:
-            return None
-        return ImageStore.attach(image.name, fd, image.size)
+        """The file of what is loaded or sleeps now, if it is that image."""
+        for _, weights, named in self._loaded():
+            if _description(named) == image and (fd := weights.opened(named)) is not None:
+                return ImageStore.attach(image.name, fd, image.size)
+        return None
 
 
 def _description(named: Named) -> Description:

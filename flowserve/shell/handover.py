@@ -102,6 +102,10 @@ class Handover:
         """Answers go to `engine` from now on. Before the first task."""
         self._engine = engine
 
+    def detach(self) -> None:
+        """No answer goes to the engine any more: it has ended, with no task and no offer left."""
+        self._engine = None
+
     async def run(self) -> None:
         """Owns the pulls until `stop`."""
         self._loop = asyncio.get_running_loop()

@@ -1,11 +1,14 @@
 """The states of one executor, its role under an epoch, and what may happen when.
 
     WARM --load--> LOADING --ok--> READY --drain--> DRAINING
-      ^               |               \\
-      +----failed-----+                +--watchdog--> FAILED        (any state can drain or fail)
+      ^             ^ |             | \\
+      +----failed---|-+             |  +--watchdog--> FAILED        (any state can drain or fail)
+              load  |               | sleep
+                    +-- SLEEPING <--+
 
-One process holds one model for its life: another model is another process, from the warm pool.
-On the event loop's thread; loading runs on a worker thread.
+One process serves one model at a time. A model that sleeps has given the memory of its KV back and keeps its
+weights in the host's: loading it again wakes it, and another may be loaded meanwhile (sleepers.py).
+On the event loop's thread; loading, falling asleep and waking run on a worker thread.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from flowserve.engine.types import ErrorCode, LoadReport, Role, TaskError
 from flowserve.shell import metrics
-from flowserve.shell.loading import LoadFailed, LoadReason, LoadSpec, Model
+from flowserve.shell.loading import Asleep, LoadFailed, LoadReason, LoadSpec, Model
+from flowserve.shell.settings import DEFAULT_MAX_ASLEEP
+from flowserve.shell.sleepers import Sleepers
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +38,16 @@ class State(enum.Enum):
     WARM = "warm"
     LOADING = "loading"
     READY = "ready"
+    SLEEPING = "sleeping"
     DRAINING = "draining"
     FAILED = "failed"
 
 
 _NEXT = {
     State.WARM: {State.LOADING, State.DRAINING, State.FAILED},
-    State.LOADING: {State.READY, State.WARM, State.DRAINING, State.FAILED},
-    State.READY: {State.DRAINING, State.FAILED},
+    State.LOADING: {State.READY, State.WARM, State.SLEEPING, State.DRAINING, State.FAILED},
+    State.READY: {State.SLEEPING, State.DRAINING, State.FAILED},
+    State.SLEEPING: {State.READY, State.LOADING, State.DRAINING, State.FAILED},
     State.DRAINING: {State.FAILED},
     State.FAILED: set(),
 }
@@ -69,23 +77,42 @@ class DrainResult:
         return self.tasks_left == 0 and self.transfers_left == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Slept:
+    """What a Sleep came to."""
+
+    revision: str = ""  # "" where no model was awake
+    seconds: float = 0.0  # from the last task's end until the memory was given back
+
+
+class ModelLoader(Protocol):
+    """What is asked of `flowserve.shell.loading.Loader`: both block, and run on a worker thread."""
+
+    def __call__(self, spec: LoadSpec, role: Role) -> Model: ...
+
+    def wake(self, asleep: Asleep, spec: LoadSpec, role: Role) -> Model: ...
+
+
 class Lifecycle:
     """State, model and role of this process."""
 
     def __init__(
         self,
-        load: Callable[[LoadSpec, Role], Model],
+        load: ModelLoader,
         *,
         role: Role,
         on_model: Callable[[Model], None],
+        on_sleep: Callable[[], Awaitable[None]],
         on_change: Callable[[], None],
         transfers_left: Callable[[], int],
+        max_asleep: int = DEFAULT_MAX_ASLEEP,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`load` blocks and runs on a worker thread; `on_model` makes a loaded model reachable and is
+        """`on_model` makes a loaded model reachable, `on_sleep` undoes that before it sleeps; they are
         called, as `on_change` is after every change, on the loop. `transfers_left` counts offers."""
         self._load = load
         self._on_model = on_model
+        self._on_sleep = on_sleep
         self._on_change = on_change
         self._transfers_left = transfers_left
         self._clock = clock
@@ -96,6 +123,8 @@ class Lifecycle:
         self.model: Model | None = None
         self._loading: asyncio.Task[Model] | None = None
         self._loading_spec: LoadSpec | None = None
+        self.sleepers = Sleepers(max_asleep)
+        self._falling: asyncio.Task[Slept] | None = None
         metrics.STATE.state(self.state.value)
         metrics.ROLE.state(role.value)
 
@@ -115,6 +144,11 @@ class Lifecycle:
             return TaskError(ErrorCode.MODEL_NOT_LOADED, message, retryable=True)
         return None
 
+    @property
+    def revision(self) -> str:
+        """Of the model that is awake; "" without one."""
+        return self.model.spec.revision if self.model is not None else ""
+
     def load_report(self) -> LoadReport:
         """The engine's, with what only the shell knows."""
         report = self.model.engine.load() if self.model is not None else LoadReport()
@@ -122,29 +156,31 @@ class Lifecycle:
             report,
             role=self.role,
             role_epoch=self.role_epoch,
-            draining=self.state is State.DRAINING,
+            draining=self.state in (State.DRAINING, State.SLEEPING),  # no new tasks, says the protocol
         )
 
     # -- loading ---------------------------------------------------------------------------------
 
     async def load_model(self, spec: LoadSpec) -> Model:
-        """Loads, joins a load of the same model under way, or returns what is loaded already.
+        """Loads or wakes, joins a load of the same model under way, or returns what is loaded already.
 
-        Raises LoadFailed (the executor is warm again), Refused for another model or a wrong state.
-        A caller that goes away does not stop the load.
+        Raises LoadFailed (the executor is as before), Refused for another model or a wrong state.
+        A caller that goes away does not stop the load. Waits for a model that is falling asleep.
         """
+        while self._falling is not None:
+            await asyncio.wait((self._falling,))
         if self.state is State.READY and self.model is not None:
             if self.model.spec.revision != spec.revision:
                 raise Refused(
                     Refusal.STALE,
-                    f"{self.model.spec.revision!r} is loaded: an executor holds one model for its life",
+                    f"{self.model.spec.revision!r} is loaded: an executor serves one model, until it sleeps",
                 )
             return self.model
         if self.state is State.LOADING and self._loading is not None:
             if self._loading_spec != spec:
                 raise Refused(Refusal.BUSY, "another model is being loaded")
             return await asyncio.shield(self._loading)
-        if self.state is not State.WARM:
+        if self.state not in (State.WARM, State.SLEEPING):
             raise Refused(Refusal.STALE, f"this executor is {self.state.value}: it loads no model")
         self._loading_spec = spec
         self._loading = asyncio.create_task(self._run_load(spec), name="load-model")
@@ -156,7 +192,7 @@ class Lifecycle:
         started = self._clock()
         log.info("loading %s from %s", spec.revision, spec.path)
         try:
-            model = await asyncio.to_thread(self._load, spec, self.role)
+            model = await asyncio.to_thread(self._open, spec)
         except LoadFailed as failure:
             self._load_failed(spec, failure)
             raise
@@ -180,11 +216,80 @@ class Lifecycle:
         self._to(State.READY)
         return model
 
+    def _open(self, spec: LoadSpec) -> Model:
+        """Wakes or loads; for memory that lacks, models that sleep are given up. On a worker thread."""
+        asleep = self.sleepers.take(spec)
+        while True:
+            try:
+                if asleep is not None:
+                    return self._load.wake(asleep, spec, self.role)
+                return self._load(spec, self.role)
+            except LoadFailed as failure:
+                asleep = None  # its weights are gone too
+                if failure.reason is not LoadReason.NO_MEMORY or not self.sleepers.give_up(str(failure)):
+                    raise
+
     def _load_failed(self, spec: LoadSpec, failure: LoadFailed) -> None:
         log.error("loading %s failed: %s", spec.revision, failure)
         metrics.LOADS.labels(failure.reason.value).inc()
         if self.state is State.LOADING:
-            self._to(State.WARM, f"loading {spec.revision} failed: {failure}")
+            before = State.SLEEPING if len(self.sleepers) else State.WARM
+            self._to(before, f"loading {spec.revision} failed: {failure}")
+
+    # -- sleep -----------------------------------------------------------------------------------
+
+    async def sleep(self, timeout: float) -> Slept:
+        """No new tasks from now on; when running tasks and offers have ended, within `timeout` seconds, the
+        model sleeps. Joins a sleep under way; a caller that goes away does not stop it.
+
+        Raises Refused: BUSY where tasks were left (the model then serves on) or one is being loaded.
+        """
+        if self._falling is not None:
+            return await asyncio.shield(self._falling)
+        if self.state in (State.SLEEPING, State.WARM):
+            return Slept()
+        if self.state is State.LOADING:
+            raise Refused(Refusal.BUSY, "a model is being loaded")
+        model = self.model
+        if self.state is not State.READY or model is None:
+            raise Refused(Refusal.STALE, f"this executor is {self.state.value}: nothing sleeps here")
+        self._falling = asyncio.create_task(self._fall_asleep(model, timeout), name="sleep")
+        self._falling.add_done_callback(_seen)
+        self._to(State.SLEEPING)
+        return await asyncio.shield(self._falling)
+
+    async def _fall_asleep(self, model: Model, timeout: float) -> Slept:
+        try:
+            left = await self._rest(timeout, State.SLEEPING)
+            if self.state is not State.SLEEPING:
+                raise Refused(Refusal.STALE, f"this executor is {self.state.value} now")
+            if not left.drained:
+                metrics.SLEEPS.labels("busy").inc()
+                self._to(State.READY)
+                what = f"{left.tasks_left} tasks and {left.transfers_left} transfers"
+                raise Refused(Refusal.BUSY, f"{what} were left after {timeout:g} s: it serves on")
+            return await self._put_to_sleep(model)
+        finally:
+            self._falling = None
+
+    async def _put_to_sleep(self, model: Model) -> Slept:
+        began, revision = self._clock(), model.spec.revision
+        self.model = None
+        try:
+            await self._on_sleep()
+            await asyncio.to_thread(lambda: self.sleepers.add(model.sleep()))
+        except Exception as error:  # a task boundary: nobody knows what is left of it
+            log.exception("%s could not be put to sleep", revision)
+            metrics.SLEEPS.labels("failed").inc()
+            self.model = model  # its engine stands still: the watchdog ends the process
+            self.fail(f"{revision} could not be put to sleep: {error}")
+            raise Refused(Refusal.STALE, self.message) from error
+        seconds = self._clock() - began
+        metrics.SLEEPS.labels("ok").inc()
+        metrics.SLEEP_SECONDS.set(seconds)
+        log.info("%s sleeps: %.3f s until its KV memory was given back", revision, seconds)
+        self._on_change()
+        return Slept(revision, seconds)
 
     # -- role ------------------------------------------------------------------------------------
 
@@ -213,10 +318,7 @@ class Lifecycle:
         started = self._clock()
         if self.state is not State.FAILED and self.state is not State.DRAINING:
             self._to(State.DRAINING)
-        result = self._left()
-        while not result.drained and self._clock() - started < timeout:
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
-            result = self._left()
+        result = await self._rest(timeout, self.state)
         metrics.DRAIN_SECONDS.set(self._clock() - started)
         metrics.DRAIN_LEFT.labels("tasks").set(result.tasks_left)
         metrics.DRAIN_LEFT.labels("transfers").set(result.transfers_left)
@@ -226,6 +328,15 @@ class Lifecycle:
             result.tasks_left,
             result.transfers_left,
         )
+        return result
+
+    async def _rest(self, timeout: float, state: State) -> DrainResult:
+        """What is left of tasks and offers once none is, or after `timeout` seconds, or in another state."""
+        started = self._clock()
+        result = self._left()
+        while not result.drained and self._clock() - started < timeout and self.state is state:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+            result = self._left()
         return result
 
     def _left(self) -> DrainResult:
@@ -246,7 +357,7 @@ class Lifecycle:
         self._on_change()
 
 
-def _seen(task: asyncio.Task[Model]) -> None:
+def _seen(task: asyncio.Task[Model] | asyncio.Task[Slept]) -> None:
     """Every caller may have gone away: a failed load is logged already."""
     if not task.cancelled():
         task.exception()

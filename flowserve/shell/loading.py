@@ -21,7 +21,7 @@ from kvtransfer.weights import WeightPeer
 
 if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
     from flowserve.engine.engine import Engine
-    from flowserve.executor.interface import Executor
+    from flowserve.executor.local import LocalExecutor
     from flowserve.models.weight_cache import Feed, Named, WeightCache
     from flowserve.rtc import RTC
     from flowserve.rtc.disk import DiskTier
@@ -95,7 +95,7 @@ class Model:
     """A loaded model: its executor, cache and running engine."""
 
     spec: LoadSpec
-    executor: Executor
+    executor: LocalExecutor
     cache: RTC
     engine: Engine
     store: BlockStore
@@ -121,12 +121,40 @@ class Model:
 
     def close(self) -> bool:
         """Ends the engine, then gives memory back. False: a step hangs, so nothing was given back."""
+        if not self._stop():
+            return False
+        self.executor.close()
+        return True
+
+    def sleep(self) -> Asleep:
+        """Ends the engine and gives the memory of its KV back; what it preserves goes to the disk tier where
+        there is one. Blocks; no task and no transfer may be left. Raises RuntimeError where a step hangs."""
+        if not self._stop():
+            raise RuntimeError("its engine does not stop")
+        self.executor.sleep()
+        gc.unfreeze()  # what served is garbage now, and may hold views of the pool
+        gc.collect()
+        gc.freeze()
+        return Asleep(self.spec, self.executor, self.image)
+
+    def _stop(self) -> bool:
         if not self.engine.stop(STOP_ENGINE_SECONDS):
             log.error("the engine did not stop in %.0f s", STOP_ENGINE_SECONDS)
             return False
         self.cache.close()
-        self.executor.close()
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """A model whose weights wait in host memory, without KV memory and engine."""
+
+    spec: LoadSpec
+    executor: LocalExecutor
+    image: Named | None = None
+
+    def close(self) -> None:
+        self.executor.close()
 
 
 class Loader:
@@ -184,14 +212,67 @@ class Loader:
                 self._forks.forget()
             raise
 
+    def wake(self, asleep: Asleep, spec: LoadSpec, role: Role) -> Model:
+        """`asleep` serves again; `spec` says who decided it, and when. Blocks. Raises LoadFailed where there is
+        no memory for its KV. Whatever goes wrong, its weights are given back too."""
+        from kvtransfer.pool import PoolError
+
+        asked = time.time()
+        executor = asleep.executor
+        began = time.perf_counter()
+        try:
+            executor.wake()
+            woken = time.perf_counter()
+            cache, engine = self._serve(executor, role)
+        except BaseException as error:
+            executor.close()
+            if isinstance(error, PoolError | MemoryError):
+                raise LoadFailed(LoadReason.NO_MEMORY, str(error) or "out of memory") from error
+            raise
+        start = start_of(
+            cold=False,
+            weights="asleep",
+            decided_unix=spec.decided_unix,
+            asked_unix=asked,
+            ready_age=self._ready_age,
+            load=woken - began,
+            post_load=time.perf_counter() - woken,
+        )
+        return Model(spec, executor, cache, engine, executor.store, start, asleep.image)
+
+    def _serve(self, executor: LocalExecutor, role: Role) -> tuple[RTC, Engine]:
+        """A cache and an engine that turns, over an executor with an empty pool."""
+        from flowserve.engine.config import EngineConfig
+        from flowserve.engine.engine import Engine
+        from flowserve.rtc import RTC
+
+        settings = self._settings
+        cache = RTC(
+            executor.store, host_bytes=settings.host_cache_bytes, disk=self._disk_tier(executor.store)
+        )
+        config = EngineConfig(
+            max_tasks=settings.max_tasks,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            chunked_prefill=settings.chunked_prefill,
+            compact_call_seconds=settings.compact_call_us / 1e6,
+            enable_prefix_cache=settings.prefix_cache,
+        )
+        engine = Engine(
+            executor, cache, config, handover=self._handover, exchange=self._handover, on_event=self._on_event
+        )
+        engine.set_role(role)
+        executor.warm_up()
+        engine.start()
+        gc.collect()
+        gc.freeze()
+        return cache, engine
+
     def _load(self, spec: LoadSpec, role: Role) -> Model:
         asked, cold = time.time(), not self._preloaded
         spec.check()
         self.preload()
-        from flowserve.engine.config import EngineConfig
-        from flowserve.engine.engine import Engine
         from flowserve.executor.local import open_executor
-        from flowserve.rtc import RTC
         from kvtransfer.pool import PoolError
 
         settings = self._settings
@@ -222,25 +303,7 @@ class Loader:
             raise LoadFailed(LoadReason.NO_MEMORY, str(error) or "out of memory") from error
         except ValueError as error:
             raise LoadFailed(LoadReason.UNSUPPORTED, str(error)) from error
-        cache = RTC(
-            executor.store, host_bytes=settings.host_cache_bytes, disk=self._disk_tier(executor.store)
-        )
-        config = EngineConfig(
-            max_tasks=settings.max_tasks,
-            max_running=settings.max_running,
-            max_batch_tokens=settings.max_batch_tokens,
-            chunked_prefill=settings.chunked_prefill,
-            compact_call_seconds=settings.compact_call_us / 1e6,
-            enable_prefix_cache=settings.prefix_cache,
-        )
-        engine = Engine(
-            executor, cache, config, handover=self._handover, exchange=self._handover, on_event=self._on_event
-        )
-        engine.set_role(role)
-        executor.warm_up()
-        engine.start()
-        gc.collect()
-        gc.freeze()
+        cache, engine = self._serve(executor, role)
         opening = executor.opening
         start = start_of(
             cold=cold,

@@ -24,7 +24,7 @@ KV_RESYNCS = Counter(
 STATE = Enum(
     "deepflow_te_state",
     "State of this executor.",
-    states=["warm", "loading", "ready", "draining", "failed"],
+    states=["warm", "loading", "ready", "sleeping", "draining", "failed"],
 )
 ROLE = Enum(
     "deepflow_te_role", "Role preference of this executor.", states=["colocated", "prefill", "decode"]
@@ -38,9 +38,18 @@ START_SECONDS = Gauge(
 )
 ACTUATION = Histogram(
     "deepflow_te_actuation_seconds",
-    "Steps of a start, by phase and by path (cold, warm, hot, fork).",
+    "Steps of a start, by phase and by path (cold, warm, hot, fork, wake).",
     ("phase", "path"),
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+)
+SLEEPS = Counter(
+    "deepflow_te_sleeps",
+    "Sleeps by how they ended: ok, busy (tasks were left), failed; `dropped`: a sleeping model was given up.",
+    ("outcome",),
+)
+ASLEEP = Gauge("deepflow_te_models_asleep", "Models whose weights wait in host memory.")
+SLEEP_SECONDS = Gauge(
+    "deepflow_te_sleep_seconds", "Seconds from the last task's end until a model's KV memory was given back."
 )
 REGISTRY_ERRORS = Counter("deepflow_te_registry_errors", "Failed writes to the registry.")
 REGISTRY_CONNECTED = Gauge("deepflow_te_registry_connected", "1 while the last write went through.")

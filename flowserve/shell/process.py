@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -69,6 +69,7 @@ _STATES = {
     State.WARM: pb.EXECUTOR_STATE_WARM,
     State.LOADING: pb.EXECUTOR_STATE_LOADING,
     State.READY: pb.EXECUTOR_STATE_READY,
+    State.SLEEPING: pb.EXECUTOR_STATE_SLEEPING,
     State.DRAINING: pb.EXECUTOR_STATE_DRAINING,
     State.FAILED: pb.EXECUTOR_STATE_FAILED,
 }
@@ -135,8 +136,10 @@ class TaskExecutorProcess:
             self._loader,
             role=Role(settings.role),
             on_model=self._on_model,
+            on_sleep=self._on_sleep,
             on_change=self._on_change,
             transfers_left=lambda: self._sender.active,
+            max_asleep=settings.max_asleep,
         )
 
     # -- what is wired together ------------------------------------------------------------------
@@ -152,6 +155,12 @@ class TaskExecutorProcess:
         self._receiver.attach_store(model.store)
         self.streams.restart_kv("load")
 
+    async def _on_sleep(self) -> None:
+        """Nothing of the model's pool is held when this returns; peers that mapped it notice that it ends."""
+        self._kv_service.detach_store("the model sleeps")
+        await self._receiver.detach_store()
+        self._handover.detach()
+
     def _lend(self, identities: Sequence[bytes]) -> tuple[str, int]:
         """On a worker thread. Raises TransferError."""
         model = self.lifecycle.model
@@ -166,12 +175,12 @@ class TaskExecutorProcess:
         except LendingBusy as error:
             raise TransferError(TransferErrorCode.BUSY, str(error)) from error
 
-    def _loaded_weights(self) -> tuple[str, WeightCache, Named] | None:
-        """The loaded model's, where they may be fed to others."""
+    def _loaded_weights(self) -> Iterator[tuple[str, WeightCache, Named]]:
+        """Of the model that serves and of those that sleep, where they may be fed to others."""
         model, weights = self.lifecycle.model, self._loader.weights
-        if model is None or weights is None or model.image is None:
-            return None
-        return model.spec.revision, weights, model.image
+        for one in (*((model,) if model is not None else ()), *self.lifecycle.sleepers):
+            if weights is not None and one.image is not None:
+                yield one.spec.revision, weights, one.image
 
     def _busy(self) -> bool:
         model = self.lifecycle.model
@@ -202,6 +211,7 @@ class TaskExecutorProcess:
             tasks_address=self._tasks_address,
             message=lifecycle.message,
             weight_cache=settings.weights_dir is not None and settings.tensor_parallel == 1,
+            asleep=lifecycle.sleepers.revisions,
         )
         if model is not None:
             record.model_revision = model.spec.revision

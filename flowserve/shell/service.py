@@ -202,11 +202,10 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
 
     async def _write(self, stream: GatewayStream, context: Context) -> None:
         outbox = stream.outbox
-        model = self._lifecycle.model
         welcome = pb.Welcome(
             te_id=self._identity.te_id,
             incarnation=self._identity.incarnation,
-            model_revision=model.spec.revision if model is not None else "",
+            model_revision=self._lifecycle.revision,
             load=convert.load_message(self._lifecycle.load_report()),
         )
         await context.write(pb.TasksResponse(welcome=welcome))
@@ -288,6 +287,14 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             max_model_len=model.max_model_len,
             load_seconds=model.load_seconds,
         )
+
+    async def Sleep(self, request: pb.SleepRequest, context: Context) -> pb.SleepResponse:
+        timeout = min(request.timeout_ms / 1000, MAX_DRAIN_SECONDS) or DEFAULT_DRAIN_SECONDS
+        try:
+            slept = await self._lifecycle.sleep(timeout)
+        except Refused as refused:
+            await _refuse(context, refused)
+        return pb.SleepResponse(model_revision=slept.revision, seconds=slept.seconds)
 
     async def SetRole(self, request: pb.SetRoleRequest, context: Context) -> pb.SetRoleResponse:
         role = convert.ROLES.get(request.role)

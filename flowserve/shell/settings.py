@@ -22,6 +22,8 @@ PARENT_DEATH_ENV = "DEEPFLOW_PARENT_DEATH"
 DEFAULT_DRAIN_SECONDS = 10.0
 # A step is bounded to 0.5 s; sixty times that is no slow step (ours).
 DEFAULT_WATCHDOG_SECONDS = 30.0
+DEFAULT_MAX_ASLEEP = 4
+"""Models that may sleep in one process (ours): where weights are not in the node's cache, each holds its own."""
 _IN_THE_CLEAR = {"tcp", "nixl", "mooncake", "collective"}
 MAX_CALL_US = 1e6  # a call of a second is no call (ours)
 _TE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -71,6 +73,7 @@ class Settings:
     weights_bytes: int = 0
     weights_reserve_bytes: int = 0
     feed_bytes_per_second: int = DEFAULT_BUSY_RATE
+    max_asleep: int = DEFAULT_MAX_ASLEEP
     compact_call_us: float = 0.0
     block_tokens: int = 16
     max_tasks: int = 256
@@ -160,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_BUSY_RATE,
         help="weights fed to other executors while tasks run here; 0 = no bound",
     )
+    add(
+        "--max-asleep",
+        type=int,
+        default=DEFAULT_MAX_ASLEEP,
+        help="models that may sleep here, their weights in host memory",
+    )
     add("--compact-call-us", type=float, default=0.0, help="compact KV before a transfer; cost of a call")
     add("--block-tokens", type=int, default=16)
     add("--max-tasks", type=int, default=256, help="bound of waiting and running tasks")
@@ -214,6 +223,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         raise SettingsError("--weights-reserve-bytes must lie between 0 and --weights-bytes")
     if args.feed_bytes_per_second < 0:
         raise SettingsError("--feed-bytes-per-second must not be negative")
+    if args.max_asleep < 1:
+        raise SettingsError("--max-asleep must be 1 or more: a Sleep keeps the model that was awake")
     if not 0 <= args.compact_call_us <= MAX_CALL_US:
         raise SettingsError(f"--compact-call-us must be between 0 and {MAX_CALL_US:.0f}")
     if args.max_running > args.max_batch_tokens:
@@ -265,6 +276,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         weights_bytes=args.weights_bytes,
         weights_reserve_bytes=args.weights_reserve_bytes,
         feed_bytes_per_second=args.feed_bytes_per_second,
+        max_asleep=args.max_asleep,
         compact_call_us=args.compact_call_us,
         block_tokens=args.block_tokens,
         max_tasks=args.max_tasks,

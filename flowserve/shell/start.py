@@ -9,7 +9,8 @@
 | `scaler_post`  | ready                                       | a gateway can send tasks: gateways tell   |
 
 Paths: `cold`, the process came with the load · `warm`, it waited, weights came from storage · `hot`, it
-waited, weights lay in the node's memory · `fork`, it waited, weights came from another executor.
+waited, weights lay in the node's memory · `fork`, it waited, weights came from another executor ·
+`wake`, the model slept here: its weights waited in host memory, what was missing was memory for its KV.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from flowserve.shell import metrics
 
 SCALER_PRE, PRE_LOAD, LOAD, POST_LOAD = "scaler_pre", "te_pre_load", "te_load", "te_post_load"
 
-_PATHS = {"hit": "hot", "forked": "fork"}
+_PATHS = {"hit": "hot", "forked": "fork", "asleep": "wake"}
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """One start of a model."""
 
-    path: str  # "cold" | "warm" | "hot" | "fork"
+    path: str  # "cold" | "warm" | "hot" | "fork" | "wake"
     seconds: Mapping[str, float]  # by phase, in order; without `scaler_pre` where nobody told
     ready_unix: float  # seconds; when it could take tasks
 
@@ -49,8 +50,8 @@ def start_of(
 ) -> Start:  # fmt: skip
     """The record of a start that is now done.
 
-    `weights` as `flowserve.executor.local.Opening` says it; `cold` where the process was asked (at
-    `asked_unix`) before it was `ready_age` seconds old, which is when its libraries were ready.
+    `weights` as `flowserve.executor.local.Opening` says it, or "asleep"; `cold` where the process was asked
+    (at `asked_unix`) before it was `ready_age` seconds old, which is when its libraries were ready.
     `decided_unix` is 0 where nobody told. Clocks of two hosts may differ: a decision that lies ahead of us
     counts as now.
     """

@@ -170,6 +170,11 @@ class TaskExecutor:
         async with self.stub() as stub:
             return await stub.Drain(request, metadata=self.metadata, timeout=timeout + 10)
 
+    async def sleep(self, timeout: float = 10.0) -> worker_pb2.SleepResponse:
+        request = worker_pb2.SleepRequest(timeout_ms=round(timeout * 1000))
+        async with self.stub() as stub:
+            return await stub.Sleep(request, metadata=self.metadata, timeout=timeout + 10)
+
     async def status(self) -> worker_pb2.ExecutorStatus:
         async with self.stub() as stub:
             request = worker_pb2.GetStatusRequest()

@@ -390,6 +390,12 @@ class NativeLlama:
             self._library.df_logits(self._handle, len(part), part.ctypes.data, logits[start:].data_ptr())
         return logits[:, : self.config.vocab_size]
 
+    def sleep(self) -> None:
+        """Nothing: weights lie in host memory, the node's copy of them where there is a cache."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Ends the threads and frees the weights; idempotent. No step may run."""
         if self._handle is not None:

@@ -43,6 +43,8 @@ class _ExecutorStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Executo
     EXECUTOR_STATE_READY: _ExecutorState.ValueType  # 3
     EXECUTOR_STATE_DRAINING: _ExecutorState.ValueType  # 4
     EXECUTOR_STATE_FAILED: _ExecutorState.ValueType  # 5
+    EXECUTOR_STATE_SLEEPING: _ExecutorState.ValueType  # 6
+    """takes no tasks; LoadModel wakes one of `asleep`, or loads another model"""
 
 class ExecutorState(_ExecutorState, metaclass=_ExecutorStateEnumTypeWrapper): ...
 
@@ -53,6 +55,8 @@ EXECUTOR_STATE_LOADING: ExecutorState.ValueType  # 2
 EXECUTOR_STATE_READY: ExecutorState.ValueType  # 3
 EXECUTOR_STATE_DRAINING: ExecutorState.ValueType  # 4
 EXECUTOR_STATE_FAILED: ExecutorState.ValueType  # 5
+EXECUTOR_STATE_SLEEPING: ExecutorState.ValueType  # 6
+"""takes no tasks; LoadModel wakes one of `asleep`, or loads another model"""
 Global___ExecutorState: _TypeAlias = ExecutorState  # noqa: Y015
 
 @_typing.final
@@ -657,6 +661,50 @@ class LoadModelResponse(_message.Message):
 Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
 
 @_typing.final
+class SleepRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    timeout_ms: _builtins.int
+    """for running tasks and outgoing transfers; 0 = 30 s"""
+    def __init__(
+        self,
+        *,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepRequest: _TypeAlias = SleepRequest  # noqa: Y015
+
+@_typing.final
+class SleepResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    model_revision: _builtins.str
+    """what sleeps now; "" where nothing was awake"""
+    seconds: _builtins.float
+    """from the last task's end until the memory was given back"""
+    def __init__(
+        self,
+        *,
+        model_revision: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_revision", b"model_revision", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepResponse: _TypeAlias = SleepResponse  # noqa: Y015
+
+@_typing.final
 class SetRoleRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -829,6 +877,7 @@ class ExecutorRecord(_message.Message):
     START_PHASES_FIELD_NUMBER: _builtins.int
     READY_UNIX_MS_FIELD_NUMBER: _builtins.int
     WEIGHT_CACHE_FIELD_NUMBER: _builtins.int
+    ASLEEP_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -858,7 +907,7 @@ class ExecutorRecord(_message.Message):
     tasks_address: _builtins.str
     """host:port of the Tasks stream over a plain connection; "" = gRPC only"""
     start_path: _builtins.str
-    """"cold" | "warm" | "hot" | "fork"; "" while no model is loaded"""
+    """"cold" | "warm" | "hot" | "fork" | "wake"; "" while no model is loaded"""
     ready_unix_ms: _builtins.int
     """when the loaded model could take tasks"""
     weight_cache: _builtins.bool
@@ -866,6 +915,10 @@ class ExecutorRecord(_message.Message):
     @_builtins.property
     def start_phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartPhase]:
         """of the loaded model, in order"""
+
+    @_builtins.property
+    def asleep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """revisions whose weights wait in host memory, the last to fall asleep last"""
 
     def __init__(
         self,
@@ -896,10 +949,11 @@ class ExecutorRecord(_message.Message):
         start_phases: _abc.Iterable[Global___StartPhase] | None = ...,
         ready_unix_ms: _builtins.int = ...,
         weight_cache: _builtins.bool = ...,
+        asleep: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id", "weight_cache", b"weight_cache"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "asleep", b"asleep", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id", "weight_cache", b"weight_cache"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,11 @@ class TaskExecutorStub:
                 request_serializer=deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.SerializeToString,
                 response_deserializer=deepflow_dot_v1_dot_worker__pb2.LoadModelResponse.FromString,
                 _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/deepflow.v1.TaskExecutor/Sleep',
+                request_serializer=deepflow_dot_v1_dot_worker__pb2.SleepRequest.SerializeToString,
+                response_deserializer=deepflow_dot_v1_dot_worker__pb2.SleepResponse.FromString,
+                _registered_method=True)
         self.SetRole = channel.unary_unary(
                 '/deepflow.v1.TaskExecutor/SetRole',
                 request_serializer=deepflow_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
@@ -71,7 +76,16 @@ class TaskExecutorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a model into a warm executor. Idempotent for the same revision.
+        """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sleep(self, request, context):
+        """Gives the memory of the model's KV back and keeps its weights in the host's; LoadModel wakes it, or
+        loads another beside it. No new tasks from now on; answers when the model sleeps. ABORTED where tasks or
+        outgoing transfers were left at the deadline: the model then serves on. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +125,11 @@ def add_TaskExecutorServicer_to_server(servicer, server):
                     servicer.LoadModel,
                     request_deserializer=deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.FromString,
                     response_serializer=deepflow_dot_v1_dot_worker__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=deepflow_dot_v1_dot_worker__pb2.SleepRequest.FromString,
+                    response_serializer=deepflow_dot_v1_dot_worker__pb2.SleepResponse.SerializeToString,
             ),
             'SetRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRole,
@@ -182,6 +201,33 @@ class TaskExecutor:
             '/deepflow.v1.TaskExecutor/LoadModel',
             deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.SerializeToString,
             deepflow_dot_v1_dot_worker__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deepflow.v1.TaskExecutor/Sleep',
+            deepflow_dot_v1_dot_worker__pb2.SleepRequest.SerializeToString,
+            deepflow_dot_v1_dot_worker__pb2.SleepResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,7 +43,12 @@ class TaskExecutorStub:
     def __new__(cls, channel: _aio.Channel) -> TaskExecutorAsyncStub: ...
     Tasks: _grpc.StreamStreamMultiCallable[_worker_pb2.TasksRequest, _worker_pb2.TasksResponse]
     LoadModel: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.LoadModelResponse]
-    """Loads a model into a warm executor. Idempotent for the same revision."""
+    """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision."""
+    Sleep: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SleepRequest, _worker_pb2.SleepResponse]
+    """Gives the memory of the model's KV back and keeps its weights in the host's; LoadModel wakes it, or
+    loads another beside it. No new tasks from now on; answers when the model sleeps. ABORTED where tasks or
+    outgoing transfers were left at the deadline: the model then serves on. Idempotent.
+    """
     SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.SetRoleResponse]
     """Changes the role preference. An epoch not above the current one is refused with
     FAILED_PRECONDITION unless role and epoch are both unchanged.
@@ -59,7 +64,12 @@ class TaskExecutorAsyncStub(TaskExecutorStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Tasks: _aio.StreamStreamMultiCallable[_worker_pb2.TasksRequest, _worker_pb2.TasksResponse]  # type: ignore[assignment]
     LoadModel: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a model into a warm executor. Idempotent for the same revision."""
+    """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision."""
+    Sleep: _aio.UnaryUnaryMultiCallable[_worker_pb2.SleepRequest, _worker_pb2.SleepResponse]  # type: ignore[assignment]
+    """Gives the memory of the model's KV back and keeps its weights in the host's; LoadModel wakes it, or
+    loads another beside it. No new tasks from now on; answers when the model sleeps. ABORTED where tasks or
+    outgoing transfers were left at the deadline: the model then serves on. Idempotent.
+    """
     SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.SetRoleResponse]  # type: ignore[assignment]
     """Changes the role preference. An epoch not above the current one is refused with
     FAILED_PRECONDITION unless role and epoch are both unchanged.
@@ -84,7 +94,18 @@ class TaskExecutorServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.LoadModelResponse, _abc.Awaitable[_worker_pb2.LoadModelResponse]]:
-        """Loads a model into a warm executor. Idempotent for the same revision."""
+        """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision."""
+
+    @_abc_1.abstractmethod
+    def Sleep(
+        self,
+        request: _worker_pb2.SleepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SleepResponse, _abc.Awaitable[_worker_pb2.SleepResponse]]:
+        """Gives the memory of the model's KV back and keeps its weights in the host's; LoadModel wakes it, or
+        loads another beside it. No new tasks from now on; answers when the model sleeps. ABORTED where tasks or
+        outgoing transfers were left at the deadline: the model then serves on. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def SetRole(

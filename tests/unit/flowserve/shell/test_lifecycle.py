@@ -41,10 +41,18 @@ class FakeModel:
     load_seconds: float = 0.0
     start: Start = field(default_factory=lambda: Start("warm", {"te_load": 0.1}, 1.0))
     closed: bool = False
+    falls: threading.Event = field(default_factory=threading.Event)  # set: falling asleep does not hang
+    stuck: bool = False
 
     def close(self) -> bool:
         self.closed = True
         return True
+
+    def sleep(self) -> FakeModel:
+        assert self.falls.wait(10)
+        if self.stuck:
+            raise RuntimeError("its engine does not stop")
+        return self
 
 
 class Loads:
@@ -55,22 +63,41 @@ class Loads:
         self.go.set()
         self.failure: Exception | None = None
         self.models: list[FakeModel] = []
+        self.woken: list[FakeModel] = []
+        self.no_memory = 0  # how often
 
     def __call__(self, spec: LoadSpec, role: Role) -> Any:
         assert self.go.wait(10)
         if self.failure is not None:
             raise self.failure
+        if self.no_memory:
+            self.no_memory -= 1
+            raise LoadFailed(LoadReason.NO_MEMORY, "out of memory")
         self.models.append(FakeModel(spec))
+        self.models[-1].falls.set()
         return self.models[-1]
 
+    def wake(self, asleep: Any, spec: LoadSpec, role: Role) -> Any:
+        if self.no_memory:
+            self.no_memory -= 1
+            asleep.close()
+            raise LoadFailed(LoadReason.NO_MEMORY, "out of memory")
+        self.woken.append(asleep)
+        return asleep
 
-def make(loads: Callable[..., Any] | None = None, offers: Callable[[], int] = lambda: 0) -> Lifecycle:
+
+def make(loads: Any = None, offers: Callable[[], int] = lambda: 0, max_asleep: int = 4) -> Lifecycle:
+    async def let_go() -> None:
+        pass
+
     return Lifecycle(
         loads or Loads(),
         role=Role.COLOCATED,
         on_model=lambda model: None,
+        on_sleep=let_go,
         on_change=lambda: None,
         transfers_left=offers,
+        max_asleep=max_asleep,
     )
 
 
@@ -223,6 +250,132 @@ async def test_a_failed_executor_takes_nothing() -> None:
     with pytest.raises(Refused):
         await life.load_model(SPEC)
     assert (await life.drain(0)).drained and life.state is State.FAILED
+
+
+async def test_a_model_sleeps_and_wakes() -> None:
+    loads = Loads()
+    life = make(loads)
+    assert (await life.sleep(1)).revision == ""  # warm: nothing is awake
+    first = await life.load_model(SPEC)
+    slept = await life.sleep(1)
+    assert slept.revision == "model@1" and life.state is State.SLEEPING and life.model is None
+    error = life.accepts("model@1")
+    assert error is not None and error.code is ErrorCode.MODEL_NOT_LOADED and error.retryable
+    assert life.load_report().draining and life.sleepers.revisions == ["model@1"]
+    assert (await life.sleep(1)).revision == ""  # again: it sleeps already
+    life.set_role(Role.DECODE, 1)
+    assert await life.load_model(SPEC) is first and loads.woken == [first] and len(loads.models) == 1
+    assert life.state is State.READY and life.sleepers.revisions == []
+    assert loads.models[0].engine.roles[-1] is Role.DECODE
+
+
+async def test_models_sleep_in_turn_and_the_longest_asleep_is_given_up() -> None:
+    loads = Loads()
+    life = make(loads, max_asleep=2)
+    specs = [LoadSpec(f"model@{number}", "/m") for number in range(3)]
+    for spec in specs:
+        await life.load_model(spec)
+        await life.sleep(1)
+    assert life.sleepers.revisions == ["model@1", "model@2"]
+    assert [model.closed for model in loads.models] == [True, False, False]
+    await life.load_model(specs[1])
+    assert loads.woken == [loads.models[1]] and life.sleepers.revisions == ["model@2"]
+
+
+async def test_other_options_for_a_sleeping_model_are_another_load() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    await life.sleep(1)
+    await life.load_model(LoadSpec(SPEC.revision, SPEC.path, kv_cache_bytes=1))
+    assert loads.models[0].closed and not loads.woken and life.sleepers.revisions == []
+
+
+async def test_sleeping_models_are_given_up_for_memory_and_a_failed_wake_is_a_load() -> None:
+    loads = Loads()
+    life = make(loads)
+    for spec in (SPEC, OTHER):
+        await life.load_model(spec)
+        await life.sleep(1)
+    loads.no_memory = 1
+    await life.load_model(OTHER)  # its wake fails and takes it along, so does the other: then it is loaded
+    assert life.state is State.READY and [model.closed for model in loads.models] == [True, True, False]
+    await life.sleep(1)
+    loads.no_memory = 9
+    with pytest.raises(LoadFailed):
+        await life.load_model(LoadSpec("third@1", "/m"))
+    assert life.state is State.WARM and loads.models[2].closed  # nothing is left that could give memory
+    loads.failure, loads.no_memory = LoadFailed(LoadReason.NOT_FOUND, "no such file"), 0
+    with pytest.raises(LoadFailed):
+        await life.load_model(SPEC)
+    assert life.state is State.WARM
+
+
+async def test_a_failed_load_leaves_the_sleepers_asleep() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    await life.sleep(1)
+    loads.failure = LoadFailed(LoadReason.NOT_FOUND, "no such file")
+    with pytest.raises(LoadFailed):
+        await life.load_model(OTHER)
+    assert life.state is State.SLEEPING and life.sleepers.revisions == ["model@1"]
+
+
+async def test_a_sleep_waits_for_tasks_and_gives_up_at_its_bound() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    loads.models[0].engine.active_tasks = 2
+    with pytest.raises(Refused) as refused:
+        await life.sleep(0.05)
+    assert refused.value.refusal is Refusal.BUSY and "2 tasks" in str(refused.value)
+    assert life.state is State.READY and life.accepts("model@1") is None  # it serves on
+    sleep = asyncio.create_task(life.sleep(10))
+    await asyncio.sleep(0.05)
+    assert not sleep.done() and life.accepts("model@1") is not None
+    loads.models[0].engine.active_tasks = 0
+    assert (await sleep).revision == "model@1"
+
+
+async def test_a_load_waits_for_a_model_that_falls_asleep_and_wakes_it() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    loads.models[0].falls.clear()
+    sleep, again = asyncio.create_task(life.sleep(1)), asyncio.create_task(life.sleep(1))
+    await asyncio.sleep(0.02)
+    load = asyncio.create_task(life.load_model(SPEC))
+    await asyncio.sleep(0.02)
+    assert life.state is State.SLEEPING and not load.done()
+    loads.models[0].falls.set()
+    assert (await sleep).revision == (await again).revision == "model@1"
+    await load
+    assert life.state is State.READY and loads.woken
+
+
+async def test_a_drain_ends_a_sleep_that_waits() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    loads.models[0].engine.active_tasks = 1
+    sleep = asyncio.create_task(life.sleep(10))
+    await asyncio.sleep(0.02)
+    assert (await life.drain(0)).tasks_left == 1
+    with pytest.raises(Refused):
+        await sleep
+    assert life.state is State.DRAINING and life.model is not None
+
+
+async def test_what_cannot_be_put_to_sleep_is_given_up() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    loads.models[0].stuck = True
+    with pytest.raises(Refused):
+        await life.sleep(1)
+    assert life.state is State.FAILED and "does not stop" in life.message
+    assert life.model is not None  # whose engine stands still: the watchdog sees that
 
 
 class RoleMachine(RuleBasedStateMachine):

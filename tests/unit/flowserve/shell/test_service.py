@@ -94,6 +94,9 @@ class FakeModel:
         self.load_seconds = 0.0
         self.start = Start("warm", {"te_load": 0.1}, 1.0)
 
+    def sleep(self) -> FakeModel:
+        return self
+
 
 class Shell:
     """A served TaskExecutor; `emit` stands for the engine's thread."""
@@ -103,9 +106,10 @@ class Shell:
         self.exits = 0
         self.failure: LoadFailed | None = None
         self.lifecycle = Lifecycle(
-            self._load,
+            self,
             role=Role.COLOCATED,
             on_model=lambda model: self.streams.restart_kv("load"),
+            on_sleep=self._let_go,
             on_change=self.streams.poke,
             transfers_left=lambda: 0,
         )
@@ -118,10 +122,16 @@ class Shell:
         )
         self.address = ""
 
-    def _load(self, spec: LoadSpec, role: Role) -> Any:
+    def __call__(self, spec: LoadSpec, role: Role) -> Any:
         if self.failure is not None:
             raise self.failure
         return FakeModel(spec)
+
+    def wake(self, asleep: Any, spec: LoadSpec, role: Role) -> Any:
+        return asleep
+
+    async def _let_go(self) -> None:
+        pass
 
     def _exit(self) -> None:
         self.exits += 1
