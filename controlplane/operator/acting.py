@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from controlplane.api.resources.names import (
+    ANNOTATION_ASLEEP_SINCE,
     ANNOTATION_CLAIMED_AT,
     ANNOTATION_DRAIN_SINCE,
     ANNOTATION_LOAD_HASH,
@@ -39,12 +40,16 @@ from controlplane.operator.plan.values import (
     Mark,
     Pod,
     PushRole,
+    SleepTe,
+    WakePod,
 )
 from controlplane.operator.pods import format_time
 
 CONFLICT_RETRIES = 4
 COLD_SECONDS = 30.0
 """A pod that is younger when it is claimed was made for the claim: a cold start (ours)."""
+SLEEP_SECONDS = 10.0
+"""For tasks to end before their executor sleeps (ours); where they take longer it serves on."""
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +93,10 @@ class Actor:
                     executors.load(pod.uid, target)
             case Mark():
                 return await self._mark(action, owner)
+            case SleepTe(pod):
+                executors.sleep(pod.uid, SLEEP_SECONDS)
+            case WakePod():
+                return await self._wake(action, owner)
             case DrainTe(pod):
                 executors.drain(pod.uid)
             case Delete():
@@ -119,18 +128,40 @@ class Actor:
             self._tell(owner, Reason.CLAIMED, f"{pod.key[1]} of pool {pod.pool} as {action.role.value}")
         return done
 
+    async def _wake(self, action: WakePod, owner: Json) -> bool:
+        pod = action.pod
+        done = await self._patch(
+            pod,
+            labels={LABEL_STATE: PodState.CLAIMED.value, LABEL_ROLE: action.role.value},
+            annotations={
+                ANNOTATION_CLAIMED_AT: format_time(self._wall()),
+                ANNOTATION_ROLE_EPOCH: str(action.epoch),
+                ANNOTATION_ASLEEP_SINCE: None,
+                ANNOTATION_START_PATH: "wake",
+            },
+        )
+        if done:
+            self._cluster.executors.set_role(pod.uid, action.role, action.epoch)
+            self._tell(owner, Reason.WOKEN, f"{pod.key[1]} as {action.role.value}")
+        return done
+
     async def _mark(self, action: Mark, owner: Json) -> bool:
         pod = action.pod
         notes: dict[str, str | None] = {}
         if action.state is PodState.DRAINING:
             notes[ANNOTATION_DRAIN_SINCE] = format_time(self._wall())
+        if action.state is PodState.ASLEEP:
+            notes[ANNOTATION_ASLEEP_SINCE] = format_time(self._wall())
         if action.revision:
             notes[ANNOTATION_REVISION] = action.revision
         done = await self._patch(pod, labels={LABEL_STATE: action.state.value}, annotations=notes)
         if done and action.state is PodState.DRAINING:
             self._cluster.executors.drain(pod.uid)
+        if done and action.state is PodState.ASLEEP:
+            self._cluster.executors.sleep(pod.uid, SLEEP_SECONDS)
+            self._tell(owner, action.reason, f"{pod.key[1]} is not needed now")
         if done and action.state is PodState.SERVING:
-            path = "cold" if pod.claimed_at - pod.created < COLD_SECONDS else "warm"
+            path = pod.start_path or "warm"
             metrics.CLAIM_SECONDS.labels(path).observe(max(0.0, self._wall() - pod.claimed_at))
             self._tell(owner, action.reason, f"{pod.key[1]} serves {action.revision}")
         return done

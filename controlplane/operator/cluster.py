@@ -249,12 +249,12 @@ class Cluster:
         meta, status = obj["metadata"], obj.get("status") or {}
         state = (meta.get("labels") or {}).get(LABEL_STATE)
         address = status.get("podIP") or ""
-        owned = state in (PodState.CLAIMED, PodState.SERVING, PodState.DRAINING)
+        owned = state in (PodState.CLAIMED, PodState.SERVING, PodState.ASLEEP, PodState.DRAINING)
         if now is None or not owned or not address:
             self.executors.drop(uid_of(obj))
         else:
             name = te_id(meta.get("namespace", ""), meta["name"])
-            fast = state != PodState.SERVING
+            fast = state not in (PodState.SERVING, PodState.ASLEEP)
             self.executors.watch(uid_of(obj), Address(name, address), fast=fast)
 
     def _serving_changed(self, before: Json | None, now: Json | None) -> None:

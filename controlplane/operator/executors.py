@@ -67,6 +67,7 @@ _STATES = {
     worker_pb2.EXECUTOR_STATE_WARM: TeState.WARM,
     worker_pb2.EXECUTOR_STATE_LOADING: TeState.LOADING,
     worker_pb2.EXECUTOR_STATE_READY: TeState.READY,
+    worker_pb2.EXECUTOR_STATE_SLEEPING: TeState.SLEEPING,
     worker_pb2.EXECUTOR_STATE_DRAINING: TeState.DRAINING,
     worker_pb2.EXECUTOR_STATE_FAILED: TeState.FAILED,
 }
@@ -135,6 +136,7 @@ class _Known:
     next_load: float = 0.0
     incarnation: str = ""
     weight_cache: bool = False  # it can be fed weights, and feed others
+    asleep: tuple[str, ...] = ()  # revisions whose weights wait there
     loading: str = ""  # revision that it was told to load and has not loaded yet
 
 
@@ -227,6 +229,12 @@ class Executors:
         if known is not None:
             self._call(uid, "role", self._set_role(known, role, epoch))
 
+    def sleep(self, uid: str, seconds: float) -> None:
+        """Its tasks may take `seconds` to end; where they take longer it serves on."""
+        known = self._known.get(uid)
+        if known is not None:
+            self._call(uid, "sleep", self._sleep(known, seconds))
+
     def drain(self, uid: str) -> None:
         known = self._known.get(uid)
         if known is not None:
@@ -292,7 +300,7 @@ class Executors:
         """A task boundary: a call's failure is told by the next status."""
         outcome = "ok"
         try:
-            if kind == "load":  # waits long and costs nothing here
+            if kind in ("load", "sleep"):  # waits long and costs nothing here
                 await work
             else:
                 async with self._slots:
@@ -322,6 +330,7 @@ class Executors:
                 worker_pb2.GetStatusRequest(), metadata=self._metadata_of(known), timeout=STATUS_SECONDS
             )
             known.incarnation, known.weight_cache = status.record.incarnation, status.record.weight_cache
+            known.asleep = tuple(status.record.asleep)
             known.te, known.load = _te_of(status, known.address.te_id, self._wall()), status.load
         except grpc.aio.AioRpcError as error:
             known.te = self._silent(before, f"{error.code().name}: {error.details()}")
@@ -370,6 +379,13 @@ class Executors:
             timeout=STATUS_SECONDS,
         )
 
+    async def _sleep(self, known: _Known, seconds: float) -> None:
+        await self._stub(known).Sleep(
+            worker_pb2.SleepRequest(timeout_ms=max(1, round(1000 * seconds))),
+            metadata=self._metadata_of(known),
+            timeout=seconds + STATUS_SECONDS,
+        )
+
     async def _drain(self, known: _Known) -> None:
         """Begins; the status tells when it is empty."""
         await self._stub(known).Drain(
@@ -405,17 +421,21 @@ class Executors:
         known.failures, known.load_error, known.load_hopeless, known.progress = 0, "", False, 1.0
 
     async def _fork(self, uid: str, known: _Known, target: Target, decided: float) -> bool:
-        """Loads from executors that have the weights, without fetching the model; False where that cannot be.
-        Raises AioRpcError for an executor that is gone."""
+        """Wakes it, or loads from executors that have the weights, without fetching the model; False where
+        that cannot be. Raises AioRpcError for an executor that is gone."""
         sha256 = self._hashes.get(target.uri)
-        if sha256 is None or not known.weight_cache or not self._sources(uid, target.revision(sha256)):
+        if sha256 is None:
+            return False
+        revision = target.revision(sha256)
+        if revision not in known.asleep and not (known.weight_cache and self._sources(uid, revision)):
             return False
         try:
             await self._send(uid, known, target, target.revision(sha256), NO_FILE, decided)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 raise
-            log.info("%s cannot be fed %s: %s", known.address.te_id, target.model_id, error.details())
+            log.info("%s has no way to %s but a fetch: %s",
+                     known.address.te_id, target.model_id, error.details())  # fmt: skip
             return False
         return True
 
@@ -452,7 +472,9 @@ class Executors:
             te = known.te
             if other == uid or te is None or not known.weight_cache:
                 continue
-            if te.state is TeState.READY and te.revision == revision:
+            if (te.state is TeState.READY and te.revision == revision) or (
+                te.state is TeState.SLEEPING and revision in known.asleep
+            ):
                 ready.append(known)
             elif known.loading == revision:
                 earlier.append(known)

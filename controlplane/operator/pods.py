@@ -15,11 +15,13 @@ from datetime import UTC, datetime
 from controlplane.api.resources.base import parse_quantity
 from controlplane.api.resources.modelserving import ModelServing, Role
 from controlplane.api.resources.names import (
+    ANNOTATION_ASLEEP_SINCE,
     ANNOTATION_CLAIMED_AT,
     ANNOTATION_DRAIN_SINCE,
     ANNOTATION_LOAD_HASH,
     ANNOTATION_ROLE_EPOCH,
     ANNOTATION_SERVING_UID,
+    ANNOTATION_START_PATH,
     ANNOTATION_TEMPLATE_HASH,
     CACHE_PATH,
     COMPONENT_EXECUTOR,
@@ -290,7 +292,9 @@ def read_pod(obj: Json, te: Te | None = None, load_error: str = "") -> Pod | Non
         template_hash=notes.get(ANNOTATION_TEMPLATE_HASH, ""),
         created=parse_time(meta.get("creationTimestamp")) or 0.0,
         claimed_at=parse_time(notes.get(ANNOTATION_CLAIMED_AT)) or 0.0,
+        start_path=notes.get(ANNOTATION_START_PATH, ""),
         drain_since=parse_time(notes.get(ANNOTATION_DRAIN_SINCE)),
+        asleep_since=parse_time(notes.get(ANNOTATION_ASLEEP_SINCE)),
         deleting=bool(meta.get("deletionTimestamp")),
         gone_by=parse_time(meta.get("deletionTimestamp")),
         ended=status.get("phase") in ("Failed", "Succeeded"),

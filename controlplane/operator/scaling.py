@@ -246,7 +246,8 @@ class ScalingLoop:
         # Said first: a wake that is cut off between two roles is one all the same (the autoscaler ends it).
         model.wake_began = self._wall()
         state.waking = True
-        path = "warm" if self._warm(key, serving) else "cold"
+        asleep = any(pod.state is PodState.ASLEEP for pod in pods)
+        path = "wake" if asleep else "warm" if self._warm(key, serving) else "cold"
         state.wake = {"startedAt": format_time(self._wall()), "path": path, "progress": 0.0}
         changes = []
         for role, scaler in objects.items():

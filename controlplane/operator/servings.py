@@ -123,6 +123,8 @@ class ServingController:
             accelerator=accelerator,
             priority=serving.spec.priority,
             drain_seconds=float(serving.spec.drain_seconds),
+            sleep_seconds=float(serving.spec.scaling.sleep_seconds),
+            crowded=any(other.missing > 0 for other in cluster.competitors(key, accelerator)),
             deleting=deleting,
         )
         since = self._since.get(key, now)
@@ -329,6 +331,7 @@ class ServingController:
                     "ready": plan.counts[role][0],
                     "starting": plan.counts[role][1],
                     "draining": plan.counts[role][2],
+                    "asleep": plan.asleep.get(role, 0),
                 }
                 for role in want
             ],

@@ -45,7 +45,8 @@ class Model(Protocol):
         ...
 
     def wake(self) -> None:
-        """After `sleep`: weights are on the device again. What was recorded is gone: `Device.prepare` anew."""
+        """After `sleep`: weights are on the device again. What was recorded is gone: `Device.prepare` comes
+        anew."""
         ...
 
     def close(self) -> None: ...

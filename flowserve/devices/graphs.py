@@ -41,7 +41,7 @@ Capture = Callable[[Callable[[], torch.Tensor]], Captured]
 
 
 class GraphedLlama:
-    """A TorchLlama whose decodes are replayed. `prepare` comes before the first `forward`, also after `wake`."""
+    """A TorchLlama whose decodes are replayed. `prepare` comes first, and first again after `wake`."""
 
     def __init__(self, model: TorchLlama, capture: Capture) -> None:
         self._model, self._capture = model, capture

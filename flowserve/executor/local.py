@@ -119,8 +119,8 @@ class LocalExecutor:
         self._model.sleep()
 
     def wake(self) -> None:
-        """After `sleep`: with an empty pool, whose `store` is another. Raises PoolError where there is no memory
-        for it; the executor can then only be closed."""
+        """After `sleep`: with an empty pool, whose `store` is another. Raises PoolError where there is no
+        memory for it; the executor can then only be closed."""
         if self._rouse is None:
             raise RuntimeError("this executor cannot sleep")
         self._pool = self._rouse()

@@ -30,7 +30,7 @@ MIN_RATE = 16 << 20
 GRACE_SECONDS = 30.0
 
 Loaded = Callable[[], "Iterable[tuple[str, WeightCache, Named]]"]
-"""The revisions that are loaded or sleep, the cache that holds their weights, their names there. Any thread."""
+"""Revisions that are loaded or sleep, the cache that holds their weights, their names there. Any thread."""
 
 
 class Forks:

@@ -213,8 +213,8 @@ class Loader:
             raise
 
     def wake(self, asleep: Asleep, spec: LoadSpec, role: Role) -> Model:
-        """`asleep` serves again; `spec` says who decided it, and when. Blocks. Raises LoadFailed where there is
-        no memory for its KV. Whatever goes wrong, its weights are given back too."""
+        """`asleep` serves again; `spec` says who decided it, and when. Blocks. Raises LoadFailed where there
+        is no memory for its KV. Whatever goes wrong, its weights are given back too."""
         from kvtransfer.pool import PoolError
 
         asked = time.time()

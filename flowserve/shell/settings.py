@@ -23,7 +23,7 @@ DEFAULT_DRAIN_SECONDS = 10.0
 # A step is bounded to 0.5 s; sixty times that is no slow step (ours).
 DEFAULT_WATCHDOG_SECONDS = 30.0
 DEFAULT_MAX_ASLEEP = 4
-"""Models that may sleep in one process (ours): where weights are not in the node's cache, each holds its own."""
+"""Models that may sleep in one process (ours): each holds its weights, or a mapping of the node's."""
 _IN_THE_CLEAR = {"tcp", "nixl", "mooncake", "collective"}
 MAX_CALL_US = 1e6  # a call of a second is no call (ours)
 _TE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

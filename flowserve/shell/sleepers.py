@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flowserve.shell import metrics
@@ -50,7 +51,8 @@ class Sleepers:
         it would lie there twice. Blocks while that happens."""
         asleep = self._by_revision.pop(spec.revision, None)
         metrics.ASLEEP.set(len(self))
-        if asleep is None or asleep.spec == spec:
+        # The revision says what lies at the path, which may be another now.
+        if asleep is None or replace(asleep.spec, path=spec.path) == spec:
             return asleep
         _drop(asleep, "it is loaded with other options")
         return None

@@ -96,6 +96,55 @@ async def test_an_idle_model_goes_to_zero_and_stays_in_the_catalogue(world: Worl
     assert status["scalingHistory"][0]["reason"] == "Idle" and status["revision"].startswith("m@")
 
 
+async def test_an_idle_model_sleeps_first_and_a_request_wakes_it_where_it_is(
+    world: World, redis: Redis
+) -> None:
+    gateway = DemandWriter(redis, "g-1")
+
+    async def held(count: int) -> None:
+        gateway.record_held(f"{world.namespace}/m", count)
+        await gateway.flush()
+
+    async with world.operator(redis):
+        await world.pool(size=1, maxPods=4)
+        await world.serving(roles=ZERO, scaling={"scaleToZeroAfterSeconds": 1, "sleepSeconds": 600})
+        await world.until_ready("ScaledToZero")
+        await held(1)
+        (pod,) = await world.until_serving(1)
+        te = world.te(pod)
+        loads = te.loads
+        await held(0)
+
+        async def sleeps() -> bool:
+            role = (await world.get_serving())["status"]["roles"][0]
+            return te.asleep != "" and (role["asleep"], role["ready"], role["draining"]) == (1, 0, 0)
+
+        await world.until(sleeps, why="its executor sleeps")
+        await world.until_ready("ScaledToZero")
+        (there,) = await world.pods(model_serving="m")
+        assert there["metadata"]["uid"] == pod["metadata"]["uid"]
+        assert there["metadata"]["labels"]["deepflow.dev/state"] == "asleep" and not te.drained_with
+
+        await held(1)
+        (woken,) = await world.until_serving(1)
+        assert woken["metadata"]["uid"] == pod["metadata"]["uid"] and te.loads == loads + 1
+
+        async def told() -> bool:
+            wake = (await world.get_serving())["status"].get("lastWake") or {}
+            return wake.get("seconds") is not None and wake["path"] == "wake"
+
+        await world.until(told, why="status.lastWake says that it was woken")
+        await held(0)
+        await world.until(sleeps, why="it sleeps again")
+        # Another model lacks an executor that the pool cannot give: the sleeper makes room.
+        await world.serving("other", roles={"colocated": {"min": 9, "max": 9}})
+
+        async def gone() -> bool:
+            return not await world.pods(model_serving="m")
+
+        await world.until(gone, why="the sleeper's pod is given back")
+
+
 async def test_without_redis_nobody_goes_to_zero(world: World) -> None:
     away = Redis.from_url("redis://127.0.0.1:1/0")
     async with world.operator(away):

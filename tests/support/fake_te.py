@@ -1,6 +1,6 @@
 """A fake executor: speaks the leader's half of the worker protocol, and says of itself that it is a fake.
 
-For tests of the operator: there is no engine in it. It holds to the real one's rules (one model for its life,
+For tests of the operator: there is no engine in it. It holds to the real one's rules (one model at a time,
 epochs of roles, drain) and can be told to be slow, to fail, to be busy or to fall silent.
 """
 
@@ -43,6 +43,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
     loads: int = 0
     weight_cache: bool = True
     fail_fork: bool = False
+    asleep: str = ""  # revision
     requests: list[worker_pb2.LoadModelRequest] = field(default_factory=list)
     drained_with: list[int] = field(default_factory=list)
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -55,6 +56,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
         record = worker_pb2.ExecutorRecord(
             te_id=self.te_id, incarnation=self.incarnation, state=self.state, model_revision=self.revision,
             device=DEVICE, role=self.role, role_epoch=self.epoch, weight_cache=self.weight_cache,
+            asleep=[self.asleep] if self.asleep else [],
         )  # fmt: skip
         load = common_pb2.LoadReport(
             role=self.role, role_epoch=self.epoch, running=self.tasks, waiting=self.waiting,
@@ -69,9 +71,11 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
         self, request: worker_pb2.LoadModelRequest, context: Any
     ) -> worker_pb2.LoadModelResponse:
         await self._check(context)
-        if self.state == worker_pb2.EXECUTOR_STATE_WARM:
+        if self.state in (worker_pb2.EXECUTOR_STATE_WARM, worker_pb2.EXECUTOR_STATE_SLEEPING):
             self.requests.append(request)
-            if self.fail_fork and request.path == NO_FILE:
+            if self.asleep == request.model_revision:
+                self.asleep = ""
+            elif self.fail_fork and request.path == NO_FILE:
                 await context.abort(grpc.StatusCode.NOT_FOUND, "no executor feeds it, and no file is there")
             if self.fail_load:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.fail_load)
@@ -99,6 +103,14 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "stale epoch")
             self.role, self.epoch = request.role, request.epoch
         return worker_pb2.SetRoleResponse(role=self.role, epoch=self.epoch)
+
+    async def Sleep(self, request: worker_pb2.SleepRequest, context: Any) -> worker_pb2.SleepResponse:
+        await self._check(context)
+        if self.tasks:
+            await context.abort(grpc.StatusCode.ABORTED, f"{self.tasks} tasks were left")
+        if self.state == worker_pb2.EXECUTOR_STATE_READY:
+            self.state, self.asleep, self.revision = worker_pb2.EXECUTOR_STATE_SLEEPING, self.revision, ""
+        return worker_pb2.SleepResponse(model_revision=self.asleep)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         await self._check(context)

@@ -223,6 +223,14 @@ class Scaling(Part):
         description="Seconds without a request after which all roles go to zero; 0: never. "
         "Roles with a `min` above 0 forbid it.",
     )
+    sleep_seconds: int = Field(
+        default=0,
+        ge=0,
+        le=30 * DAY,
+        description="How long an executor that is not needed any more keeps its pod, asleep: the memory of "
+        "its KV is given back, the model's weights stay in host memory, and waking takes milliseconds. Ends "
+        "early where another ModelServing lacks executors of the profile. 0: pods are given back at once.",
+    )
     max_scale_up_rate: float = Field(
         default=4.0, ge=1.1, le=1000, description="Growth of a role in one decision, as a factor."
     )
@@ -328,6 +336,7 @@ class RoleStatus(Part):
     ready: int = Field(default=0, ge=0, description="Executors that serve.")
     starting: int = Field(default=0, ge=0, description="Claimed, or loading the model.")
     draining: int = Field(default=0, ge=0, description="Finishing their tasks.")
+    asleep: int = Field(default=0, ge=0, description="Not needed now, and quickly woken.")
 
 
 class ScalingEvent(Part):
@@ -348,7 +357,7 @@ class Wake(Part):
     """How the last start from zero went."""
 
     started_at: datetime = Field(description="When a request asked for it.")
-    path: Literal["cold", "warm", "hot", "fork"] = Field(description="What there was to start from.")
+    path: Literal["cold", "warm", "hot", "fork", "wake"] = Field(description="What there was to start from.")
     seconds: float | None = Field(default=None, ge=0, description="Until an executor served.")
     progress: float = Field(default=0, ge=0, le=1, description="Part that is done.")
 

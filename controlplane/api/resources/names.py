@@ -33,6 +33,7 @@ class PodState(StrEnum):
     WARM = "warm"  # started, no model, free to be claimed
     CLAIMED = "claimed"  # belongs to a ModelServing, model on its way
     SERVING = "serving"  # model loaded, takes tasks
+    ASLEEP = "asleep"  # not needed now: weights in host memory, no KV memory, takes no tasks
     DRAINING = "draining"  # takes no new tasks; deleted once it is empty or its time is over
 
 
@@ -44,8 +45,9 @@ ANNOTATION_LOAD_HASH = f"{GROUP}/load-hash"  # pods: hash of the source and opti
 ANNOTATION_REVISION = f"{GROUP}/model-revision"  # pods: revision that was loaded
 ANNOTATION_ROLE_EPOCH = f"{GROUP}/role-epoch"  # pods: epoch of the role last set
 ANNOTATION_DRAIN_SINCE = f"{GROUP}/drain-since"  # pods: RFC 3339
+ANNOTATION_ASLEEP_SINCE = f"{GROUP}/asleep-since"  # pods: RFC 3339
 ANNOTATION_TEMPLATE_HASH = f"{GROUP}/template-hash"  # pods: hash of the pool's pod template
-ANNOTATION_START_PATH = f"{GROUP}/start-path"  # pods: cold | warm | hot | fork
+ANNOTATION_START_PATH = f"{GROUP}/start-path"  # pods: cold | warm | hot | fork | wake
 # RoleScaler, set by a person: any value gives a count set by hand back to the autoscaler.
 ANNOTATION_RESUME = f"{GROUP}/resume-autoscaling"
 # ModelServing, RoleScaler, WarmPool: "true" stops all actions of the operator on the object but its status.
@@ -113,6 +115,8 @@ class Reason(StrEnum):
     CLAIMED = "Claimed"
     LOADED = "Loaded"
     ROLE_CHANGED = "RoleChanged"
+    FELL_ASLEEP = "FellAsleep"
+    WOKEN = "Woken"
     REPLACED = "Replaced"
     CLAIM_LOST = "ClaimLost"
     DRAIN_TIMED_OUT = "DrainTimedOut"

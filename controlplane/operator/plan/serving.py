@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from controlplane.api.resources.modelserving import Role
 from controlplane.api.resources.names import PodState, Reason
-from controlplane.operator.plan import drain, replace, roles
+from controlplane.operator.plan import drain, replace, roles, sleep
 from controlplane.operator.plan.claim import claims
 from controlplane.operator.plan.start import start
 from controlplane.operator.plan.values import Action, Delete, Plan, Pod, Serving, Timing
 
 STARTING_AGAIN_SECONDS = 5.0
 """While something is on its way, look again without being told."""
+SLEEPING_AGAIN_SECONDS = 10.0
+"""While executors sleep: others may come to lack theirs."""
 
 
 def plan_serving(
@@ -33,7 +35,9 @@ def plan_serving(
     mine = [pod for pod in pods if pod.serving_uid == serving.uid]
     strangers = [pod for pod in pods if pod.serving_uid != serving.uid]  # of a namesake that was deleted
     active = [pod for pod in mine if not pod.deleting and pod.state is not PodState.DRAINING]
-    dead, outdated, good = replace.split(active, serving, template_hashes, now, timing)
+    dead, outdated, kept = replace.split(active, serving, template_hashes, now, timing)
+    sleepers = [pod for pod in kept if pod.state is PodState.ASLEEP]
+    good = [pod for pod in kept if pod.state is not PodState.ASLEEP]
     actions: list[Action] = [Delete(pod, Reason.REPLACED) for pod in dead]
 
     changes, after = roles.change_roles(good, want)
@@ -45,10 +49,17 @@ def plan_serving(
         role: max(0, min(want[role] - have[role], want[role] + timing.surge - have[role] - old[role]))
         for role in Role
     }
+    woken = sleep.wakes(lacking, sleepers)
+    actions += woken
+    lacking = {role: count - sum(wake.role is role for wake in woken) for role, count in lacking.items()}
     made = claims(lacking, free[: max(0, may_claim)])
     actions += made
+    roused = {wake.pod.uid for wake in woken}
+    due, given_back = sleep.keep(serving, [pod for pod in sleepers if pod.uid not in roused], now)
+    actions += due
 
-    going = [*drain.replaced(good, outdated, after, want), *drain.surplus(good, after, want)]
+    surplus = drain.surplus(good, after, want)
+    going = [*drain.replaced(good, outdated, after, want), *surplus]
     spare = sum(pod.serves for pod in (*good, *outdated)) - sum(want.values())
     leaving = {pod.uid: pod for pod in drain.affordable(going, spare)}
     changed = {change.pod.uid for change in changes}
@@ -61,6 +72,8 @@ def plan_serving(
     ):
         if pod.ended:
             actions.append(Delete(pod, Reason.GARBAGE_COLLECTED))
+        elif pod in surplus and sleep.may_sleep(serving, pod):
+            actions.append(sleep.begin(pod))
         else:
             actions.append(drain.begin(pod))
     draining = [pod for pod in pods if pod.state is PodState.DRAINING]
@@ -79,10 +92,14 @@ def plan_serving(
     moving = bool(actions or draining or outdated or missing or (serving.deleting and pods)) or any(
         not pod.serves or pod.silent for pod in good
     )
+    again = STARTING_AGAIN_SECONDS if moving else None
+    if sleepers and not moving:
+        again = min(SLEEPING_AGAIN_SECONDS, given_back or SLEEPING_AGAIN_SECONDS)
     return Plan(
         actions=tuple(actions[: timing.max_actions]),
         missing=missing,
-        again_after=STARTING_AGAIN_SECONDS if moving else None,
+        again_after=again,
         outdated=len(outdated),
         counts=counts,
+        asleep={role: sum(pod.role is role for pod in sleepers) for role in Role},
     )

@@ -16,8 +16,8 @@ def start(pod: Pod) -> list[Action]:
     role = push_role(pod)
     if role is not None:
         actions.append(role)
-    if te.state is TeState.WARM:
-        if pod.state is PodState.SERVING:  # its process started again: it serves nobody
+    if te.state in (TeState.WARM, TeState.SLEEPING):
+        if pod.state is PodState.SERVING:  # its process started again, or others put it to sleep
             actions.append(Mark(pod, PodState.CLAIMED, Reason.STARTING))
         actions.append(Load(pod))
     elif te.state is TeState.LOADING:

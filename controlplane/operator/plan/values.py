@@ -19,6 +19,7 @@ class TeState(enum.StrEnum):
     WARM = "warm"
     LOADING = "loading"
     READY = "ready"
+    SLEEPING = "sleeping"
     DRAINING = "draining"
     FAILED = "failed"
 
@@ -54,7 +55,9 @@ class Pod:
     template_hash: str = ""
     created: float = 0.0
     claimed_at: float = 0.0
+    start_path: str = ""  # what there was to start from when it was claimed or woken
     drain_since: float | None = None
+    asleep_since: float | None = None
     deleting: bool = False
     gone_by: float | None = None  # deleted: when its kubelet's grace for it ends
     ended: bool = False  # phase Failed or Succeeded
@@ -90,6 +93,8 @@ class Serving:
     accelerator: str = "cpu"
     priority: int = 0
     drain_seconds: float = 120.0
+    sleep_seconds: float = 0.0  # that surplus executors sleep before their pods are given back
+    crowded: bool = False  # others lack executors of the profile
     deleting: bool = False
 
 
@@ -172,6 +177,22 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class SleepTe:
+    """Tells the executor to put its model to sleep once its tasks have ended."""
+
+    pod: Pod
+
+
+@dataclass(frozen=True, slots=True)
+class WakePod:
+    """A sleeper is wanted again: role and epoch into its labels, its model is loaded next."""
+
+    pod: Pod
+    role: Role
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class DrainTe:
     """Tells the executor to take no more tasks; asks how many are left."""
 
@@ -194,7 +215,7 @@ class Create:
     count: int
 
 
-Action = Claim | Assign | PushRole | Load | Mark | DrainTe | Delete | Create
+Action = Claim | Assign | PushRole | Load | Mark | SleepTe | WakePod | DrainTe | Delete | Create
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +227,4 @@ class Plan:
     again_after: float | None = None
     outdated: int = 0
     counts: Mapping[Role, tuple[int, int, int]] = field(default_factory=dict)  # serving, starting, draining
+    asleep: Mapping[Role, int] = field(default_factory=dict)

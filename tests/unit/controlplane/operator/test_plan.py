@@ -27,8 +27,10 @@ from controlplane.operator.plan.values import (
     Pool,
     PushRole,
     Serving,
+    SleepTe,
     Te,
     TeState,
+    WakePod,
 )
 
 HASH, TEMPLATE = "load-1", "template-1"
@@ -63,7 +65,9 @@ def pods(draw: st.DrawFn) -> list[Pod]:
     made = []
     for number in range(draw(st.integers(0, 7))):
         state = draw(
-            st.sampled_from([PodState.CLAIMED, PodState.SERVING, PodState.SERVING, PodState.DRAINING])
+            st.sampled_from(
+                [PodState.CLAIMED, PodState.SERVING, PodState.SERVING, PodState.ASLEEP, PodState.DRAINING]
+            )
         )
         made.append(
             Pod(
@@ -80,6 +84,7 @@ def pods(draw: st.DrawFn) -> list[Pod]:
                 created=0.0,
                 claimed_at=draw(st.sampled_from([0.0, 990.0])),
                 drain_since=990.0 if state is PodState.DRAINING else None,
+                asleep_since=990.0 if state is PodState.ASLEEP else None,
                 ended=draw(st.integers(0, 9)) == 0,
                 ready=draw(st.booleans()),
                 te=draw(tes()),
@@ -143,11 +148,20 @@ class Sim:
                 self.tell(pod, role=role, epoch=epoch)
             case Load(pod):
                 te = self.pods[pod.uid].te
-                if te is not None and te.state is TeState.WARM:
+                if te is not None and te.state in (TeState.WARM, TeState.SLEEPING):
                     self.tell(pod, state=TeState.LOADING)
+            case SleepTe(pod):
+                te = self.pods[pod.uid].te
+                if te is not None and te.state is TeState.READY and not te.tasks:
+                    self.tell(pod, state=TeState.SLEEPING, revision="")
+            case WakePod(pod, role, epoch):
+                assert self.pods[pod.uid].state is PodState.ASLEEP and epoch > pod.epoch
+                self.put(pod, state=PodState.CLAIMED, role=role, epoch=epoch, claimed_at=self.now)
+                self.tell(pod, role=role, epoch=epoch)
             case Mark(pod, state, _, revision):
                 since = self.now if state is PodState.DRAINING else None
-                self.put(pod, state=state, drain_since=since)
+                slept = self.now if state is PodState.ASLEEP else None
+                self.put(pod, state=state, drain_since=since, asleep_since=slept)
                 assert state is not PodState.SERVING or revision
             case DrainTe(pod):
                 te = self.pods[pod.uid].te
@@ -190,21 +204,32 @@ class Sim:
         return have == {role: self.serving.want.get(role, 0) for role in Role}
 
 
-def sim(found: list[Pod], want: dict[Role, int], *, deleting: bool = False) -> Sim:
-    serving = Serving(("n", "m"), "s", want, HASH, drain_seconds=30.0, deleting=deleting)
+def sim(
+    found: list[Pod],
+    want: dict[Role, int],
+    *,
+    deleting: bool = False,
+    sleep_seconds: float = 0.0,
+    crowded: bool = False,
+) -> Sim:
+    serving = Serving(
+        ("n", "m"), "s", want, HASH, drain_seconds=30.0, deleting=deleting,
+        sleep_seconds=sleep_seconds, crowded=crowded,
+    )  # fmt: skip
     pool = Pool(("n", "pool"), "pool", 1, 40, TEMPLATE)
     return Sim(serving, pool, {pod.uid: pod for pod in found})
 
 
+sleeps = st.sampled_from([0.0, 60.0])
 losses = st.lists(st.sets(st.integers(0, 12), max_size=6), max_size=8)
 
 
 @settings(max_examples=75, deadline=None)
-@given(pods(), counts, losses)
+@given(pods(), counts, losses, sleeps)
 def test_plans_converge_and_then_want_nothing(
-    found: list[Pod], want: dict[Role, int], lost: list[set[int]]
+    found: list[Pod], want: dict[Role, int], lost: list[set[int]], sleep_seconds: float
 ) -> None:
-    world = sim(found, want)
+    world = sim(found, want, sleep_seconds=sleep_seconds)
     for losing in lost:
         world.turn(losing)
     for _ in range(ROUNDS):
@@ -247,11 +272,13 @@ moments = st.floats(0.0, 4000.0)
 
 
 @settings(max_examples=300, deadline=None)
-@given(pods(), counts, st.booleans(), moments)
+@given(pods(), counts, st.booleans(), moments, sleeps)
 def test_what_time_alone_will_bring_has_a_look_of_its_own(
-    found: list[Pod], want: dict[Role, int], deleting: bool, later: float
+    found: list[Pod], want: dict[Role, int], deleting: bool, later: float, sleep_seconds: float
 ) -> None:
-    serving = Serving(key=("n", "s"), uid="s", want=want, load_hash=HASH, deleting=deleting)
+    serving = Serving(
+        key=("n", "s"), uid="s", want=want, load_hash=HASH, deleting=deleting, sleep_seconds=sleep_seconds
+    )
     now, then = (
         plan_serving(serving, found, (), 1000.0 + moment, may_claim=0, template_hashes=TEMPLATES)
         for moment in (0.0, later)
@@ -270,11 +297,11 @@ def test_a_pool_that_waits_looks_again_when_it_may(size: int, there: int, hold: 
 
 
 @settings(max_examples=75, deadline=None)
-@given(pods(), counts, losses)
+@given(pods(), counts, losses, sleeps)
 def test_what_serves_goes_only_once_enough_others_do(
-    found: list[Pod], want: dict[Role, int], lost: list[set[int]]
+    found: list[Pod], want: dict[Role, int], lost: list[set[int]], sleep_seconds: float
 ) -> None:
-    world = sim(found, want)
+    world = sim(found, want, sleep_seconds=sleep_seconds)
     total = sum(want.values())
     for losing in [*lost, *[set()] * 40]:
         plan = world.plan()
@@ -300,11 +327,11 @@ def test_what_serves_goes_only_once_enough_others_do(
 
 
 @settings(max_examples=50, deadline=None)
-@given(pods(), counts, losses)
+@given(pods(), counts, losses, sleeps)
 def test_executors_never_exceed_the_wanted_by_more_than_the_surge(
-    found: list[Pod], want: dict[Role, int], lost: list[set[int]]
+    found: list[Pod], want: dict[Role, int], lost: list[set[int]], sleep_seconds: float
 ) -> None:
-    world = sim(found, want)
+    world = sim(found, want, sleep_seconds=sleep_seconds)
     for losing in [*lost, *[set()] * 20]:
         active = [p for p in world.all() if p.state is not PodState.DRAINING and p.serving_uid == "s"]
         claimed = sum(isinstance(action, Claim) for action in world.plan().actions)
@@ -322,10 +349,75 @@ def test_executors_never_exceed_the_wanted_by_more_than_the_surge(
         world.turn(losing)
 
 
+def serving_pods(count: int, role: Role = Role.COLOCATED) -> list[Pod]:
+    return [
+        Pod(
+            ("n", f"p{n}"), f"u{n}", "1", PodState.SERVING, pool="pool", serving_uid="s", role=role, epoch=1,
+            load_hash=HASH, template_hash=TEMPLATE, ready=True,
+            te=Te(TeState.READY, role=role, epoch=1, revision="m@1"),
+        )
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def test_what_is_not_needed_sleeps_is_woken_before_a_claim_and_given_back_in_time() -> None:
+    world = sim(serving_pods(3), {Role.COLOCATED: 0}, sleep_seconds=60.0)
+    for _ in range(3):
+        plan = world.turn()
+        assert not any(isinstance(action, DrainTe | Delete) for action in plan.actions)
+    assert plan.asleep[Role.COLOCATED] == 3 and plan.counts[Role.COLOCATED] == (0, 0, 0)
+    assert all(pod.te is not None and pod.te.state is TeState.SLEEPING for pod in world.all())
+    assert plan.actions == () and 0 < (plan.again_after or 0) <= 10
+    world.serving = replace(world.serving, want={Role.PREFILL: 1, Role.DECODE: 1})
+    plan = world.turn()
+    assert [action.role for action in plan.actions if isinstance(action, WakePod)] == [
+        Role.PREFILL,
+        Role.DECODE,
+    ]
+    assert not any(isinstance(action, Claim) for action in plan.actions)
+    for _ in range(4):
+        plan = world.turn()
+    assert plan.counts[Role.PREFILL][0] == plan.counts[Role.DECODE][0] == 1
+    assert sum(plan.asleep.values()) == 1  # the third sleeps on, until its time is over
+    for _ in range(20):
+        plan = world.turn()
+    assert not sum(plan.asleep.values()) and world.met() and plan.again_after is None
+
+
+def test_a_sleeper_goes_where_others_lack_executors() -> None:
+    world = sim(serving_pods(1), {Role.COLOCATED: 0}, sleep_seconds=3600.0)
+    for _ in range(3):
+        world.turn()
+    assert world.all()[0].state is PodState.ASLEEP
+    world.serving = replace(world.serving, crowded=True)
+    for _ in range(4):
+        world.turn()
+    assert world.all() == []
+    world = sim(serving_pods(1), {Role.COLOCATED: 0}, sleep_seconds=3600.0, crowded=True)
+    assert [a.state for a in world.turn().actions if isinstance(a, Mark)] == [PodState.DRAINING]
+
+
+def test_an_executor_with_tasks_is_asked_again_and_serves_meanwhile() -> None:
+    busy = [replace(pod, te=replace(pod.te, tasks=2)) for pod in serving_pods(1) if pod.te is not None]
+    world = sim(busy, {Role.COLOCATED: 0}, sleep_seconds=60.0)
+    for _ in range(3):
+        plan = world.turn()
+    assert [type(action) for action in plan.actions] == [SleepTe] and plan.again_after == STEP
+
+
+def test_an_executor_that_others_put_to_sleep_is_loaded_again() -> None:
+    asleep = [replace(pod, te=Te(TeState.SLEEPING, Role.COLOCATED, 1)) for pod in serving_pods(1)]
+    world = sim(asleep, {Role.COLOCATED: 1})
+    assert {type(action) for action in world.turn().actions} == {Mark, Load}
+    for _ in range(3):
+        plan = world.turn()
+    assert world.met() and plan.again_after is None
+
+
 @settings(max_examples=60, deadline=None)
-@given(pods(), losses)
-def test_deleting_ends_every_executor(found: list[Pod], lost: list[set[int]]) -> None:
-    world = sim(found, {Role.COLOCATED: 3}, deleting=True)
+@given(pods(), losses, sleeps)
+def test_deleting_ends_every_executor(found: list[Pod], lost: list[set[int]], sleep_seconds: float) -> None:
+    world = sim(found, {Role.COLOCATED: 3}, deleting=True, sleep_seconds=sleep_seconds)
     for losing in [*lost, *[set()] * ROUNDS]:
         assert not any(isinstance(action, Claim) for action in world.plan().actions)
         world.turn(losing)
