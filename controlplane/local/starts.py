@@ -70,11 +70,9 @@ class Node:
         """An executor whose process starts now and which knows no model; `options` of flowserve.shell."""
         te_id = f"te-{self._numbers}"
         self._numbers += 1
-        env = commands.base_env(self.paths, "", TOKEN)
-        spec = commands.executor_spec(self._settings, self.paths, te_id, RoleName.COLOCATED, env, options)
         executor = Executor(
             te_id,
-            child=Child(spec, lambda: None, self._template.start if forked else None),
+            child=self.child(te_id, forked=forked, options=options),
             endpoint_file=self.paths.run / f"{te_id}.json",
             role=RoleName.COLOCATED,
             epochs=self._epochs,
@@ -84,6 +82,12 @@ class Node:
         executor.child.on_change = executor.look
         self._work[te_id] = [asyncio.create_task(one) for one in (executor.child.run(), executor.tend())]
         return executor
+
+    def child(self, te_id: str, *, forked: bool, options: tuple[str, ...] = ()) -> Child:
+        """Its process alone, which nobody leads; `run` starts it."""
+        env = commands.base_env(self.paths, "", TOKEN)
+        spec = commands.executor_spec(self._settings, self.paths, te_id, RoleName.COLOCATED, env, options)
+        return Child(spec, lambda: None, self._template.start if forked else None)
 
     async def waits(self, executor: Executor) -> None:
         """Until its process is warm."""

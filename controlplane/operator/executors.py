@@ -45,7 +45,8 @@ POLLS_PER_SECOND = 200
 MAX_CALLS = 128
 MAX_CHANNELS = 512
 LOAD_SECONDS = 1800.0
-FETCH_POLL_SECONDS = 0.5
+FETCH_FIRST_POLL_SECONDS, FETCH_POLL_SECONDS = 0.02, 0.5
+"""A file that lies there is checked in milliseconds, and somebody may be waiting; a download takes long."""
 FETCH_SECONDS = 3600.0
 HUNG_STEP_SECONDS = 120.0
 RETRY_FIRST_SECONDS = 1.0
@@ -493,7 +494,7 @@ class Executors:
         session = self._session
         if session is None:
             raise LoadFailed("the operator is stopping", hopeless=False)
-        deadline = self._clock() + FETCH_SECONDS
+        deadline, pause = self._clock() + FETCH_SECONDS, FETCH_FIRST_POLL_SECONDS
         while self._clock() < deadline:
             try:
                 asked = ask_fetcher(session, known.address, uri, self._token, self._tls)
@@ -511,7 +512,8 @@ class Executors:
                 raise LoadFailed(str(answer["message"]), hopeless=bool(answer.get("hopeless")))
             total = answer.get("total") or 0
             known.progress = 0.5 * min(1.0, answer.get("done", 0) / total) if total else 0.0
-            await asyncio.sleep(FETCH_POLL_SECONDS)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, FETCH_POLL_SECONDS)
         raise LoadFailed(f"fetching takes longer than {FETCH_SECONDS:.0f} s", hopeless=False)
 
 

@@ -1,7 +1,7 @@
 """From a decision to the first token of a real request: one executor by each path, and many from zero.
 
-    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many|twin|peer] [--many N]
-                                 [--model PATH]
+    python -m tests.bench.scale [--quick] [--json PATH] [--part single|forks|live|many|held|twin|peer]
+                                [--many N] [--model PATH]
 
 Executors are started, given their model and watched by the supervisor's own parts (`controlplane.local`), on
 the small model in bfloat16. A start ends when a request of 32 prompt tokens has had its first token; the
@@ -21,6 +21,8 @@ Feeding: what a fork, at the pace that sources keep while they serve, costs a st
 Live: half of the executors serve a load of at most half of the machine while as many again start, one after
 the other. Many: the template runs, no executor does. Memory is the Pss of all of them, less their KV pools
 and what the template took before; weights, libraries and what else they share count once.
+Held: what being held adds to a request's first token, for a model at zero, through gateway and operator, by
+what there is to start from: `wake` an executor that sleeps, `hot` and `warm` a warm pod, `cold` none.
 Needs the small model and Linux.
 
 Peer: from the command to the first token over HTTP, `deepflow up` and `vllm serve` in turn (installed by
@@ -41,17 +43,18 @@ from controlplane.local.starts import PHASES, Node, node, steps
 from controlplane.nodeagent.sources import fetch
 from controlplane.nodeagent.uri import DEFAULT_MODEL_URI
 from controlplane.twin import starts
-from tests.bench import common, scale_peers
+from tests.bench import common, scale_held, scale_peers
 from tests.bench.scale_forks import feeding, forks
 from tests.bench.scale_live import live
 
 ROUNDS, QUICK_ROUNDS = 5, 2
+HELD_ROUNDS = 15
 MANY, QUICK_MANY = 64, 8
 PROGRAMS = 8  # started as programs, as the baseline of many: more would only wait for each other
 KV_BYTES = 256 << 20
 MANY_KV_BYTES = 16 << 20
 LIVE_SECONDS = 30.0  # before the starts, and at least while they go on
-PARTS = ("single", "forks", "live", "many", "twin", "peer")
+PARTS = ("single", "forks", "live", "many", "held", "twin", "peer")
 TWIN_BYTES, TWIN_NODES = 141.2e9, 64  # Llama-3-70B in bfloat16
 TWIN_CHUNK = 64e6  # of a rank's part, fed on when it has arrived: kvtransfer.images.WINDOW_BLOCKS
 PAPER = {"cold": "", "warm": "24", "hot": "3.2", "fork": "0.91"}
@@ -188,6 +191,10 @@ async def main(quick: bool, json_path: str | None, model: Path, count: int, part
             for row in (programs, stored, held):
                 report.add(**row)
             check_many(report, count, float(str(held["all_s"])), float(str(held["memory_mib"])))
+        if "held" in parts:
+            added = await scale_held.held(made, report, 3 if quick else HELD_ROUNDS, model)
+            for path, seconds in added.items():
+                report.check(f"added to a held request, {path}", seconds, "s", "stated", None)
     return report.finish(json_path)
 
 

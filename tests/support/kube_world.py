@@ -61,7 +61,8 @@ class Kubelet:
     """Runs pods until cancelled."""
 
     def __init__(self, api: KubeApi, namespace: str, cache: Path) -> None:
-        self.pods: dict[str, FakePod] = {}  # by the pod's name
+        self.pods: dict[str, Any] = {}  # what runs, by the pod's name
+        self.make: Callable[[str], Any] = self._fake  # with `start`, `stop` and `host`
         self.configure: Callable[[str, FakeTe], None] = lambda name, te: None
         self.start_seconds = 0.0
         self.tls: Tls | None = None
@@ -94,12 +95,15 @@ class Kubelet:
     async def _start(self, obj: Json) -> None:
         await self.hold.wait()
         name = obj["metadata"]["name"]
-        te = FakeTe(f"{self._namespace}.{name}", TOKEN)
-        self.configure(name, te)
-        pod = self.pods[name] = FakePod(te, ADDRESSES.next(), self._cache, self.tls)
+        pod = self.pods[name] = self.make(name)
         await pod.start()
         await asyncio.sleep(self.start_seconds)
         await self.report(name, ready=True, ip=pod.host)
+
+    def _fake(self, name: str) -> FakePod:
+        te = FakeTe(f"{self._namespace}.{name}", TOKEN)
+        self.configure(name, te)
+        return FakePod(te, ADDRESSES.next(), self._cache, self.tls)
 
     async def report(
         self, name: str, *, ready: bool, ip: str = "", phase: str = "Running", reason: str = ""
