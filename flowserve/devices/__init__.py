@@ -93,6 +93,19 @@ class Device(Protocol):
         """
         ...
 
+    def preload(
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        quantization: str = "",
+    ) -> None:
+        """Puts the weights where `make_model` finds them, if `source` knows a cache; no device memory is
+        taken. Raises what `make_model` raises."""
+        ...
+
     def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
         """Once after both are made, before the first step: what is to be recorded is recorded."""
         ...

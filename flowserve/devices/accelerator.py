@@ -14,6 +14,7 @@ from flowserve.devices import Model, Pool
 from flowserve.devices.collective import Group
 from flowserve.devices.graphs import GRAPHS_ENV, Captured, GraphedLlama
 from flowserve.models.errors import UnsupportedModel
+from flowserve.models.layout import TorchLayout
 from flowserve.models.llama import DecodeAttention, Elementwise, TorchLlama
 from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
@@ -138,6 +139,21 @@ class AcceleratorDevice:
         if attention is None or os.environ.get(GRAPHS_ENV) == "0":
             return model
         return GraphedLlama(model, self.capture)
+
+    def preload(
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        quantization: str = "",
+    ) -> None:
+        if quantization:
+            raise UnsupportedModel(f"quantization {quantization} is not implemented on {self.name}")
+        _, image = TorchLayout(source.config, dtype, max_len).load(source)
+        if image is not None:
+            image.close()
 
     def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
         if isinstance(model, GraphedLlama):

@@ -102,6 +102,26 @@ class CpuDevice:
         torch.set_num_threads(1)
         return model
 
+    def preload(
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        max_len: int,
+        block_tokens: int,
+        quantization: str = "",
+    ) -> None:
+        threads = torch.get_num_threads()
+        self.make_model(
+            source,
+            dtype=dtype,
+            max_len=max_len,
+            block_tokens=block_tokens,
+            threads=1,
+            quantization=quantization,
+        ).close()
+        torch.set_num_threads(threads)
+
     def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
         """Nothing is recorded."""
 

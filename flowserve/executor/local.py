@@ -15,6 +15,7 @@ from flowserve.engine.sampling import sample, token_logprobs
 from flowserve.engine.types import SamplingParams, TokenLogprobs
 from flowserve.executor.batch import flatten
 from flowserve.executor.interface import QUANTIZATIONS, ModelInfo, SampleSpec, SequenceSlice, SliceResult
+from flowserve.models.config import ModelConfig
 from flowserve.models.errors import UnsupportedModel
 from flowserve.models.loader import open_model, parse_dtype
 from flowserve.models.weight_cache import Feed, Named, WeightCache
@@ -158,10 +159,7 @@ def open_executor(
     Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
     DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
     """
-    if quantization not in QUANTIZATIONS:
-        raise UnsupportedModel(
-            f"quantization {quantization!r} is none of {', '.join(filter(None, QUANTIZATIONS))}"
-        )
+    _check_quantization(quantization)
     where: Device = open_device(device)
     where.set_threads(threads)
     began = time.perf_counter()
@@ -169,9 +167,7 @@ def open_executor(
     source: WeightSource = cached or open_model(path)
     config = source.config
     kind = parse_dtype(dtype)
-    max_len = min(max_model_len or config.max_len, config.max_len)
-    if max_model_len is not None and max_model_len > config.max_len:
-        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's {config.max_len}")
+    max_len = _context(config, max_model_len)
     layout = KVLayout(
         model_revision=revision,
         dtype=DTYPE_NAMES[kind],
@@ -249,3 +245,47 @@ def open_executor(
         cached.named if cached is not None else None,
     )
     return LocalExecutor(model, pool, info, opening, rouse=rouse)
+
+
+def preload_weights(
+    path: str | Path,
+    weights: WeightCache,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    block_tokens: int = 16,
+    max_model_len: int | None = None,
+    quantization: str = "",
+    feed: Feed | None = None,
+) -> str:
+    """Puts the weights of the model at `path` into the node's cache, in the form in which `open_executor`
+    takes them with the same options. Says how they came: "hit", "built", "forked", "waited", or "private" where
+    there is no room for them.
+
+    Raises what `open_executor` raises for the model.
+    """
+    _check_quantization(quantization)
+    where = open_device(device)
+    source = weights.open(path, feed)
+    where.preload(
+        source,
+        dtype=parse_dtype(dtype),
+        max_len=_context(source.config, max_model_len),
+        block_tokens=block_tokens,
+        quantization=quantization,
+    )
+    return source.used or "private"
+
+
+def _check_quantization(quantization: str) -> None:
+    if quantization not in QUANTIZATIONS:
+        raise UnsupportedModel(
+            f"quantization {quantization!r} is none of {', '.join(filter(None, QUANTIZATIONS))}"
+        )
+
+
+def _context(config: ModelConfig, max_model_len: int | None) -> int:
+    """Tokens of the longest sequence."""
+    if max_model_len is not None and max_model_len > config.max_len:
+        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's {config.max_len}")
+    return min(max_model_len or config.max_len, config.max_len)

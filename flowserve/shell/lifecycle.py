@@ -17,6 +17,7 @@ import asyncio
 import enum
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.02
 DEFAULT_DRAIN_SECONDS = 30.0
 """Of a Drain call that names no timeout (Kubernetes' default grace)."""
+
+
+MAX_PRELOADED = 8
+"""Revisions that are told to have been put into the node's memory (ours)."""
 
 
 class State(enum.Enum):
@@ -86,11 +91,13 @@ class Slept:
 
 
 class ModelLoader(Protocol):
-    """What is asked of `flowserve.shell.loading.Loader`: both block, and run on a worker thread."""
+    """What is asked of `flowserve.shell.loading.Loader`: all block, and run on a worker thread."""
 
     def __call__(self, spec: LoadSpec, role: Role) -> Model: ...
 
     def wake(self, asleep: Asleep, spec: LoadSpec, role: Role) -> Model: ...
+
+    def preload_weights(self, spec: LoadSpec) -> str: ...
 
 
 class Lifecycle:
@@ -125,6 +132,8 @@ class Lifecycle:
         self._loading_spec: LoadSpec | None = None
         self.sleepers = Sleepers(max_asleep)
         self._falling: asyncio.Task[Slept] | None = None
+        self.preloaded: deque[str] = deque(maxlen=MAX_PRELOADED)  # revisions
+        self._preloading = ""  # revision
         metrics.STATE.state(self.state.value)
         metrics.ROLE.state(role.value)
 
@@ -215,6 +224,42 @@ class Lifecycle:
         log.info("loaded %s in %.2f s: %d blocks (%s)", spec.revision, seconds, model.num_blocks, model.start)
         self._to(State.READY)
         return model
+
+    async def preload(self, spec: LoadSpec) -> tuple[str, float]:
+        """Puts the weights of a model that may be loaded next into the node's memory: how they came there,
+        and in how many seconds. A caller that goes away does not stop it.
+
+        Raises LoadFailed, Refused while a model is loaded or another is put there.
+        """
+        if self.state not in (State.WARM, State.SLEEPING):
+            raise Refused(Refusal.BUSY, f"this executor is {self.state.value}: it has its model")
+        if self._preloading:
+            raise Refused(Refusal.BUSY, f"{self._preloading} is put into the node's memory")
+        self._preloading = spec.revision
+        return await asyncio.shield(asyncio.ensure_future(self._preload(spec)))
+
+    async def _preload(self, spec: LoadSpec) -> tuple[str, float]:
+        started = self._clock()
+        try:
+            came = await asyncio.to_thread(self._load.preload_weights, spec)
+        except LoadFailed as failure:
+            log.warning("%s is not put into the node's memory: %s", spec.revision, failure)
+            metrics.PRELOADS.labels(failure.reason.value).inc()
+            raise
+        except Exception as error:  # a task boundary: whatever a loader raises, the executor stays warm
+            log.exception("%s is not put into the node's memory", spec.revision)
+            metrics.PRELOADS.labels(LoadReason.INTERNAL.value).inc()
+            raise LoadFailed(LoadReason.INTERNAL, f"{type(error).__name__}: {error}") from error
+        finally:
+            self._preloading = ""
+        if spec.revision in self.preloaded:
+            self.preloaded.remove(spec.revision)
+        self.preloaded.append(spec.revision)
+        metrics.PRELOADS.labels("ok").inc()
+        seconds = self._clock() - started
+        log.info("%s lies in the node's memory (%s), %.2f s", spec.revision, came, seconds)
+        self._on_change()
+        return came, seconds
 
     def _open(self, spec: LoadSpec) -> Model:
         """Wakes or loads; for memory that lacks, models that sleep are given up. On a worker thread."""

@@ -69,8 +69,8 @@ class LoadSpec:
     fork_from: tuple[WeightPeer, ...] = field(default=(), compare=False)  # who may have the weights
     decided_unix: float = field(default=0.0, compare=False)  # when it was decided; 0 = not told
 
-    def check(self) -> None:
-        """Raises LoadFailed for what cannot be loaded anywhere."""
+    def check(self, *, pool: bool = True) -> None:
+        """Raises LoadFailed for what cannot be loaded anywhere; with `pool` for one that does not fit too."""
         if not 0 < len(self.revision) <= 256:
             raise LoadFailed(LoadReason.UNSUPPORTED, "model_revision must have 1 to 256 characters")
         if not self.path or "\0" in self.path:
@@ -83,7 +83,7 @@ class LoadSpec:
         if not self.fork_from and not os.path.exists(self.path):
             raise LoadFailed(LoadReason.NOT_FOUND, f"no model at {self.path}")
         free = available_memory()
-        if self.kv_cache_bytes > free:
+        if pool and self.kv_cache_bytes > free:
             raise LoadFailed(
                 LoadReason.NO_MEMORY,
                 f"a KV pool of {self.kv_cache_bytes} bytes does not fit {free} free bytes",
@@ -315,6 +315,34 @@ class Loader:
             post_load=opening.pool_seconds + time.perf_counter() - opened,
         )
         return Model(spec, executor, cache, engine, executor.store, start, opening.image)
+
+    def preload_weights(self, spec: LoadSpec) -> str:
+        """Puts the weights of a model into the node's cache; how they came. Blocks. Raises LoadFailed."""
+        spec.check(pool=False)
+        self.preload()
+        from flowserve.executor.local import preload_weights
+
+        settings, weights = self._settings, self.weights
+        if weights is None or settings.tensor_parallel > 1:
+            raise LoadFailed(LoadReason.UNSUPPORTED, "no weights are kept here: --weights-dir, and one rank")
+        try:
+            came = preload_weights(
+                spec.path,
+                weights,
+                device=settings.device,
+                dtype=spec.dtype,
+                block_tokens=settings.block_tokens,
+                max_model_len=spec.max_model_len or None,
+                quantization=spec.quantization,
+                feed=self._feed(spec),
+            )
+        except FileNotFoundError as error:
+            raise LoadFailed(LoadReason.NOT_FOUND, str(error)) from error
+        except ValueError as error:
+            raise LoadFailed(LoadReason.UNSUPPORTED, str(error)) from error
+        if came == "private":
+            raise LoadFailed(LoadReason.NO_MEMORY, "the node's weight cache has no room for it")
+        return came
 
     def _feed(self, spec: LoadSpec) -> Feed | None:
         """None where nobody has them, or without a cache: an image is kept there."""

@@ -42,6 +42,11 @@ ACTUATION = Histogram(
     ("phase", "path"),
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
+PRELOADS = Counter(
+    "deepflow_te_preloads",
+    "Weights put into the node's memory before they were needed, by outcome.",
+    ("outcome",),
+)
 SLEEPS = Counter(
     "deepflow_te_sleeps",
     "Sleeps by how they ended: ok, busy (tasks were left), failed; `dropped`: a sleeping model was given up.",

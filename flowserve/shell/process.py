@@ -212,6 +212,7 @@ class TaskExecutorProcess:
             message=lifecycle.message,
             weight_cache=settings.weights_dir is not None and settings.tensor_parallel == 1,
             asleep=lifecycle.sleepers.revisions,
+            preloaded=lifecycle.preloaded,
         )
         if model is not None:
             record.model_revision = model.spec.revision

@@ -260,22 +260,8 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
     # -- the leader's calls ----------------------------------------------------------------------
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
-        spec = LoadSpec(
-            revision=request.model_revision,
-            path=request.path,
-            dtype=request.dtype or "auto",
-            kv_cache_bytes=request.kv_cache_bytes or DEFAULT_KV_BYTES,
-            max_model_len=request.max_model_len,
-            tensor_parallel=request.tensor_parallel,
-            quantization=request.quantization,
-            decided_unix=request.decided_unix_ms / 1000,
-            fork_from=tuple(
-                WeightPeer(peer.address, peer.te_id, peer.incarnation)
-                for peer in request.fork_from[:MAX_WEIGHT_PEERS]
-            ),
-        )
         try:
-            model = await self._lifecycle.load_model(spec)
+            model = await self._lifecycle.load_model(_spec(request))
         except LoadFailed as failure:
             await context.abort(_LOAD_STATUS[failure.reason], str(failure))
         except Refused as refused:
@@ -287,6 +273,15 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             max_model_len=model.max_model_len,
             load_seconds=model.load_seconds,
         )
+
+    async def Preload(self, request: pb.LoadModelRequest, context: Context) -> pb.PreloadResponse:
+        try:
+            came, seconds = await self._lifecycle.preload(_spec(request))
+        except LoadFailed as failure:
+            await context.abort(_LOAD_STATUS[failure.reason], str(failure))
+        except Refused as refused:
+            await _refuse(context, refused)
+        return pb.PreloadResponse(model_revision=request.model_revision, weights=came, seconds=seconds)
 
     async def Sleep(self, request: pb.SleepRequest, context: Context) -> pb.SleepResponse:
         timeout = min(request.timeout_ms / 1000, MAX_DRAIN_SECONDS) or DEFAULT_DRAIN_SECONDS
@@ -327,6 +322,23 @@ class TaskExecutorService(worker_pb2_grpc.TaskExecutorServicer):
             status.leaked_blocks = audit.leaked_blocks
             status.stuck_tasks = audit.stuck_tasks
         return status
+
+
+def _spec(request: pb.LoadModelRequest) -> LoadSpec:
+    return LoadSpec(
+        revision=request.model_revision,
+        path=request.path,
+        dtype=request.dtype or "auto",
+        kv_cache_bytes=request.kv_cache_bytes or DEFAULT_KV_BYTES,
+        max_model_len=request.max_model_len,
+        tensor_parallel=request.tensor_parallel,
+        quantization=request.quantization,
+        decided_unix=request.decided_unix_ms / 1000,
+        fork_from=tuple(
+            WeightPeer(peer.address, peer.te_id, peer.incarnation)
+            for peer in request.fork_from[:MAX_WEIGHT_PEERS]
+        ),
+    )
 
 
 async def _check_protocol(context: Context) -> None:

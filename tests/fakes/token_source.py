@@ -588,6 +588,10 @@ class TokenSource(worker_pb2_grpc.TaskExecutorServicer, kvtransfer_pb2_grpc.KVTr
         self.role_epoch = request.epoch
         return worker_pb2.SetRoleResponse(role=request.role, epoch=request.epoch)
 
+    async def Preload(self, request: Any, context: Any) -> worker_pb2.PreloadResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this stand-in has no weights")
+        raise AssertionError("aborted")
+
     async def Sleep(self, request: Any, context: Any) -> worker_pb2.SleepResponse:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this stand-in does not sleep")
         raise AssertionError("aborted")

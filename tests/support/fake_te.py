@@ -45,6 +45,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
     fail_fork: bool = False
     asleep: str = ""  # revision
     requests: list[worker_pb2.LoadModelRequest] = field(default_factory=list)
+    preloads: list[worker_pb2.LoadModelRequest] = field(default_factory=list)
     drained_with: list[int] = field(default_factory=list)
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     loading: asyncio.Task[None] | None = None
@@ -57,6 +58,7 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
             te_id=self.te_id, incarnation=self.incarnation, state=self.state, model_revision=self.revision,
             device=DEVICE, role=self.role, role_epoch=self.epoch, weight_cache=self.weight_cache,
             asleep=[self.asleep] if self.asleep else [],
+            preloaded=[request.model_revision for request in self.preloads],
         )  # fmt: skip
         load = common_pb2.LoadReport(
             role=self.role, role_epoch=self.epoch, running=self.tasks, waiting=self.waiting,
@@ -103,6 +105,13 @@ class FakeTe(worker_pb2_grpc.TaskExecutorServicer):
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "stale epoch")
             self.role, self.epoch = request.role, request.epoch
         return worker_pb2.SetRoleResponse(role=self.role, epoch=self.epoch)
+
+    async def Preload(self, request: worker_pb2.LoadModelRequest, context: Any) -> worker_pb2.PreloadResponse:
+        await self._check(context)
+        if self.state != worker_pb2.EXECUTOR_STATE_WARM:
+            await context.abort(grpc.StatusCode.ABORTED, "it has its model")
+        self.preloads.append(request)
+        return worker_pb2.PreloadResponse(model_revision=request.model_revision, weights="built")
 
     async def Sleep(self, request: worker_pb2.SleepRequest, context: Any) -> worker_pb2.SleepResponse:
         await self._check(context)

@@ -170,6 +170,15 @@ class TaskExecutor:
         async with self.stub() as stub:
             return await stub.Drain(request, metadata=self.metadata, timeout=timeout + 10)
 
+    async def preload(
+        self, path: Path | str, revision: str, *, dtype: str = "float32", quantization: str = ""
+    ) -> worker_pb2.PreloadResponse:
+        request = worker_pb2.LoadModelRequest(
+            model_revision=revision, path=str(path), dtype=dtype, quantization=quantization
+        )
+        async with self.stub() as stub:
+            return await stub.Preload(request, metadata=self.metadata, timeout=120)
+
     async def sleep(self, timeout: float = 10.0) -> worker_pb2.SleepResponse:
         request = worker_pb2.SleepRequest(timeout_ms=round(timeout * 1000))
         async with self.stub() as stub:

@@ -661,6 +661,32 @@ class LoadModelResponse(_message.Message):
 Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
 
 @_typing.final
+class PreloadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    model_revision: _builtins.str
+    weights: _builtins.str
+    """"hit" | "built" | "forked" | "waited" """
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        model_revision: _builtins.str = ...,
+        weights: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_revision", b"model_revision", "seconds", b"seconds", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreloadResponse: _TypeAlias = PreloadResponse  # noqa: Y015
+
+@_typing.final
 class SleepRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -877,6 +903,7 @@ class ExecutorRecord(_message.Message):
     START_PHASES_FIELD_NUMBER: _builtins.int
     READY_UNIX_MS_FIELD_NUMBER: _builtins.int
     WEIGHT_CACHE_FIELD_NUMBER: _builtins.int
+    PRELOADED_FIELD_NUMBER: _builtins.int
     ASLEEP_FIELD_NUMBER: _builtins.int
     te_id: _builtins.str
     incarnation: _builtins.str
@@ -917,6 +944,10 @@ class ExecutorRecord(_message.Message):
         """of the loaded model, in order"""
 
     @_builtins.property
+    def preloaded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """revisions whose weights Preload put there, the last 8"""
+
+    @_builtins.property
     def asleep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """revisions whose weights wait in host memory, the last to fall asleep last"""
 
@@ -949,11 +980,12 @@ class ExecutorRecord(_message.Message):
         start_phases: _abc.Iterable[Global___StartPhase] | None = ...,
         ready_unix_ms: _builtins.int = ...,
         weight_cache: _builtins.bool = ...,
+        preloaded: _abc.Iterable[_builtins.str] | None = ...,
         asleep: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "asleep", b"asleep", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id", "weight_cache", b"weight_cache"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "asleep", b"asleep", "block_tokens", b"block_tokens", "device", b"device", "dtype", b"dtype", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_tasks", b"max_tasks", "message", b"message", "metrics_url", b"metrics_url", "model_path", b"model_path", "model_revision", b"model_revision", "pid", b"pid", "preloaded", b"preloaded", "protocol_version", b"protocol_version", "quantization", b"quantization", "ready_unix_ms", b"ready_unix_ms", "role", b"role", "role_epoch", b"role_epoch", "start_path", b"start_path", "start_phases", b"start_phases", "started_unix_ms", b"started_unix_ms", "state", b"state", "tasks_address", b"tasks_address", "te_id", b"te_id", "weight_cache", b"weight_cache"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

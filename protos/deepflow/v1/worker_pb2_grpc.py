@@ -44,6 +44,11 @@ class TaskExecutorStub:
                 request_serializer=deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.SerializeToString,
                 response_deserializer=deepflow_dot_v1_dot_worker__pb2.LoadModelResponse.FromString,
                 _registered_method=True)
+        self.Preload = channel.unary_unary(
+                '/deepflow.v1.TaskExecutor/Preload',
+                request_serializer=deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=deepflow_dot_v1_dot_worker__pb2.PreloadResponse.FromString,
+                _registered_method=True)
         self.Sleep = channel.unary_unary(
                 '/deepflow.v1.TaskExecutor/Sleep',
                 request_serializer=deepflow_dot_v1_dot_worker__pb2.SleepRequest.SerializeToString,
@@ -77,6 +82,15 @@ class TaskExecutorServicer:
 
     def LoadModel(self, request, context):
         """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Preload(self, request, context):
+        """Puts the weights of a model that may be loaded next into the node's memory, in the form in which it would be
+        loaded: LoadModel then reads no storage. `kv_cache_bytes` means nothing. Idempotent. ABORTED while another
+        is under way or a model is loaded, FAILED_PRECONDITION where weights are not kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +139,11 @@ def add_TaskExecutorServicer_to_server(servicer, server):
                     servicer.LoadModel,
                     request_deserializer=deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.FromString,
                     response_serializer=deepflow_dot_v1_dot_worker__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'Preload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Preload,
+                    request_deserializer=deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.FromString,
+                    response_serializer=deepflow_dot_v1_dot_worker__pb2.PreloadResponse.SerializeToString,
             ),
             'Sleep': grpc.unary_unary_rpc_method_handler(
                     servicer.Sleep,
@@ -201,6 +220,33 @@ class TaskExecutor:
             '/deepflow.v1.TaskExecutor/LoadModel',
             deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.SerializeToString,
             deepflow_dot_v1_dot_worker__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Preload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deepflow.v1.TaskExecutor/Preload',
+            deepflow_dot_v1_dot_worker__pb2.LoadModelRequest.SerializeToString,
+            deepflow_dot_v1_dot_worker__pb2.PreloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,11 @@ class TaskExecutorStub:
     Tasks: _grpc.StreamStreamMultiCallable[_worker_pb2.TasksRequest, _worker_pb2.TasksResponse]
     LoadModel: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.LoadModelResponse]
     """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision."""
+    Preload: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.PreloadResponse]
+    """Puts the weights of a model that may be loaded next into the node's memory, in the form in which it would be
+    loaded: LoadModel then reads no storage. `kv_cache_bytes` means nothing. Idempotent. ABORTED while another
+    is under way or a model is loaded, FAILED_PRECONDITION where weights are not kept.
+    """
     Sleep: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SleepRequest, _worker_pb2.SleepResponse]
     """Gives the memory of the model's KV back and keeps its weights in the host's; LoadModel wakes it, or
     loads another beside it. No new tasks from now on; answers when the model sleeps. ABORTED where tasks or
@@ -65,6 +70,11 @@ class TaskExecutorAsyncStub(TaskExecutorStub):
     Tasks: _aio.StreamStreamMultiCallable[_worker_pb2.TasksRequest, _worker_pb2.TasksResponse]  # type: ignore[assignment]
     LoadModel: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision."""
+    Preload: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadModelRequest, _worker_pb2.PreloadResponse]  # type: ignore[assignment]
+    """Puts the weights of a model that may be loaded next into the node's memory, in the form in which it would be
+    loaded: LoadModel then reads no storage. `kv_cache_bytes` means nothing. Idempotent. ABORTED while another
+    is under way or a model is loaded, FAILED_PRECONDITION where weights are not kept.
+    """
     Sleep: _aio.UnaryUnaryMultiCallable[_worker_pb2.SleepRequest, _worker_pb2.SleepResponse]  # type: ignore[assignment]
     """Gives the memory of the model's KV back and keeps its weights in the host's; LoadModel wakes it, or
     loads another beside it. No new tasks from now on; answers when the model sleeps. ABORTED where tasks or
@@ -95,6 +105,17 @@ class TaskExecutorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.LoadModelResponse, _abc.Awaitable[_worker_pb2.LoadModelResponse]]:
         """Loads a model into a warm executor, wakes it in one where it sleeps. Idempotent for the same revision."""
+
+    @_abc_1.abstractmethod
+    def Preload(
+        self,
+        request: _worker_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.PreloadResponse, _abc.Awaitable[_worker_pb2.PreloadResponse]]:
+        """Puts the weights of a model that may be loaded next into the node's memory, in the form in which it would be
+        loaded: LoadModel then reads no storage. `kv_cache_bytes` means nothing. Idempotent. ABORTED while another
+        is under way or a model is loaded, FAILED_PRECONDITION where weights are not kept.
+        """
 
     @_abc_1.abstractmethod
     def Sleep(

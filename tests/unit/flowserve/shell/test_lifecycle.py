@@ -77,6 +77,12 @@ class Loads:
         self.models[-1].falls.set()
         return self.models[-1]
 
+    def preload_weights(self, spec: LoadSpec) -> str:
+        assert self.go.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        return "built"
+
     def wake(self, asleep: Any, spec: LoadSpec, role: Role) -> Any:
         if self.no_memory:
             self.no_memory -= 1
@@ -376,6 +382,36 @@ async def test_what_cannot_be_put_to_sleep_is_given_up() -> None:
         await life.sleep(1)
     assert life.state is State.FAILED and "does not stop" in life.message
     assert life.model is not None  # whose engine stands still: the watchdog sees that
+
+
+async def test_weights_are_put_into_memory_beside_a_warm_executor() -> None:
+    loads = Loads()
+    life = make(loads)
+    came, _ = await life.preload(SPEC)
+    assert came == "built" and list(life.preloaded) == ["model@1"] and life.state is State.WARM
+    await life.preload(OTHER)
+    await life.preload(SPEC)
+    assert list(life.preloaded) == ["other@1", "model@1"]
+    loads.go.clear()
+    first = asyncio.create_task(life.preload(SPEC))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Refused) as refused:
+        await life.preload(OTHER)  # one at a time
+    assert refused.value.refusal is Refusal.BUSY
+    load = asyncio.create_task(life.load_model(SPEC))  # does not wait for it
+    await asyncio.sleep(0.01)
+    assert life.state is State.LOADING
+    loads.go.set()
+    await asyncio.gather(first, load)
+    with pytest.raises(Refused):
+        await life.preload(OTHER)  # it has its model
+    for failure in (LoadFailed(LoadReason.NO_MEMORY, "no room"), RuntimeError("the driver says no")):
+        warm = Loads()
+        warm.failure = failure
+        life = make(warm)
+        with pytest.raises(LoadFailed):
+            await life.preload(SPEC)
+        assert life.state is State.WARM and not life.preloaded
 
 
 class RoleMachine(RuleBasedStateMachine):
