@@ -22,6 +22,7 @@ from controlplane.kube.client import KubeError
 from controlplane.kube.reflector import Reflector, Store
 from controlplane.kube.resources import MODEL_CACHES, Json, uid_of
 from controlplane.operator import metrics
+from controlplane.operator.ahead import Ahead
 from controlplane.operator.cluster import Cluster
 from controlplane.operator.executors import Address, ask_fetcher
 from controlplane.operator.plan.cache import Keeper, Kept, progress, wanted
@@ -54,6 +55,10 @@ class CacheLoop:
         self.reflector = Reflector(cluster.api, self.store, namespace=cluster.settings.namespace)
         self._kept: dict[tuple[str, str], Kept] = {}
         self._again: dict[tuple[str, str], float] = {}  # when what failed is asked for
+        self._files: dict[
+            tuple[str, str], tuple[str, str]
+        ] = {}  # (path in the pod, SHA-256) of what is there
+        self._ahead = Ahead(cluster, clock)
         self._written: dict[str, float] = {}  # ModelCache's uid -> when its status was written
         self._changed = asyncio.Event()
         for store in (self.store, cluster.pods, cluster.pools):
@@ -64,15 +69,18 @@ class CacheLoop:
         async with asyncio.TaskGroup() as group, aiohttp.ClientSession(timeout=timeout) as session:
             group.create_task(self.reflector.run(), name="watch-modelcaches")
             await self.reflector.synced.wait()
-            while True:
-                self._changed.clear()
-                busy = await self._look(session)
-                try:
-                    async with asyncio.timeout(LOOK_SECONDS if busy else IDLE_SECONDS):
-                        await self._changed.wait()
-                    await asyncio.sleep(0 if busy else LOOK_SECONDS / 4)  # changes come in crowds
-                except TimeoutError:
-                    pass
+            try:
+                while True:
+                    self._changed.clear()
+                    busy = await self._look(session)
+                    try:
+                        async with asyncio.timeout(LOOK_SECONDS if busy else IDLE_SECONDS):
+                            await self._changed.wait()
+                        await asyncio.sleep(0 if busy else LOOK_SECONDS / 4)  # changes come in crowds
+                    except TimeoutError:
+                        pass
+            finally:
+                await self._ahead.close()
 
     async def _look(self, session: aiohttp.ClientSession) -> bool:
         """Asks and writes once; whether something is under way."""
@@ -80,17 +88,23 @@ class CacheLoop:
         pools = [pool for obj in self._cluster.pools if (pool := _parse(WarmPool, obj)) is not None]
         addresses = self._addresses()
         pods = list(addresses)
-        want = wanted(caches, pools, pods)
+        ahead = self._ahead.wanted(pools, {model.uri for cache in caches for model in cache.spec.models})
+        by_uid = {pod.uid: address for pod, address in addresses.items()}
+        want = wanted(caches, pools, pods) | {
+            (uid, target.uri) for uid, target in ahead.items() if uid in by_uid
+        }
         for known in [pair for pair in self._kept if pair not in want]:
             del self._kept[known]
             self._again.pop(known, None)
-        by_uid = {pod.uid: address for pod, address in addresses.items()}
+            self._files.pop(known, None)
         now = self._clock()
         due = [pair for pair in sorted(want) if self._due(pair, now)]
         gate = asyncio.Semaphore(ASKS_AT_ONCE)
         async with asyncio.TaskGroup() as group:
             for uid, uri in due:
                 group.create_task(self._ask(session, gate, uid, by_uid[uid], uri))
+        self._ahead.put(ahead, self._files, by_uid)
+        self._cluster.ahead = self._ahead.held
         self._cluster.fetched = {pair for pair, one in self._kept.items() if one.state is CacheState.READY}
         for cache in caches:
             await self._say(cache, pods)
@@ -145,6 +159,8 @@ class CacheLoop:
             self._kept[pair] = Kept(CacheState.FAILED, message=str(answer.get("message"))[:1000])
             log.warning("%s does not get %s: %s", address.te_id, uri, answer.get("message"))
             return
+        if state == "ready":
+            self._files[pair] = (str(answer["path"]), str(answer["sha256"]))
         total = answer.get("total")
         self._kept[pair] = Kept(
             CacheState.READY if state == "ready" else CacheState.FETCHING,

@@ -117,6 +117,7 @@ class Cluster:
         self.servings.on_change(self._serving_changed)
         self.scalers.on_change(self._scaler_changed)
         self.pools.on_change(self._pool_changed)
+        self.ahead: set[tuple[str, str]] = set()  # (pod's uid, model URI) of weights that lie in its memory
         self.fetched: set[tuple[str, str]] = set()  # (pod's uid, model URI) of files that were fetched ahead
         namespace = settings.namespace
         self.reflectors = [

@@ -36,4 +36,7 @@ TE_POLL_AGE = Gauge("deepflow_operator_executor_poll_lag_seconds", "How late pol
 DEMAND_READS = Counter("deepflow_operator_demand_reads_total", "Reads of demand.", ["outcome"])
 ACTIVATIONS = Counter("deepflow_operator_activations_total", "Models woken from zero.")
 SCALINGS = Counter("deepflow_operator_scalings_total", "Changes of replicas.", ["reason", "advisory"])
+PRELOADS = Counter(
+    "deepflow_operator_preloads_total", "Weights that warm pods were told to hold ahead.", ["outcome"]
+)
 KEPT = Gauge("deepflow_operator_kept_models", "Models that pods keep ahead of their load", ["state"])

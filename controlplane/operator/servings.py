@@ -114,7 +114,7 @@ class ServingController:
             for pod in claimable(cluster.warm_pods((key[0], pool["metadata"]["name"])))
             if pod.uid not in cluster.reserved
         ]
-        free = fastest(free, serving.spec.model.uri, cluster.fetched)
+        free = fastest(free, serving.spec.model.uri, cluster.ahead, cluster.fetched)
         wanted = Serving(
             key=key,
             uid=uid_of(obj),

@@ -259,8 +259,8 @@ def preload_weights(
     feed: Feed | None = None,
 ) -> str:
     """Puts the weights of the model at `path` into the node's cache, in the form in which `open_executor`
-    takes them with the same options. Says how they came: "hit", "built", "forked", "waited", or "private" where
-    there is no room for them.
+    takes them with the same options. Says how they came: "hit", "built", "forked", "waited", or "private"
+    where there is no room for them.
 
     Raises what `open_executor` raises for the model.
     """

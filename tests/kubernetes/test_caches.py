@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from deepflow.v1 import worker_pb2
+from redis.asyncio import Redis
 
+from controlplane.fleet.demand import DemandWriter
 from controlplane.kube.resources import MODEL_CACHES, PODS, WARM_POOLS, Json, ResourceType
 from controlplane.operator import caches
 from tests.support.kube_world import World
@@ -124,3 +127,56 @@ async def test_other_pools_are_not_asked_and_a_pool_s_own_models_are(world: Worl
             return not operator.caches._kept
 
         await world.until(nothing, why="what nobody wants is forgotten")
+
+
+async def test_warm_pods_hold_the_weights_of_what_is_likely_next_and_are_claimed_for_it(
+    world: World, clean_valkey: str
+) -> None:
+    redis = Redis.from_url(clean_valkey)
+    gateway = DemandWriter(redis, "g-1")
+    zero = {"colocated": {"min": 0, "max": 1}}
+    other = world.folder / "other.gguf"
+    other.write_bytes(b"another model: nothing here reads it")
+    async with world.operator(redis):
+        await world.pool(size=3, weights={"sizeLimit": "1Gi"})
+        await world.until_warm(3)
+        await world.serving(roles=zero)
+        await world.serving("other", roles=zero, model={"uri": f"file://{other}"})
+        await asyncio.sleep(0.5)
+        assert not any(pod.te.preloads for pod in world.kubelet.pods.values())  # nothing speaks for either
+        for name in ("m", "other"):
+            gateway.record_demand(f"{world.namespace}/{name}")
+        await gateway.flush()  # both are woken; by then it is known what is likely
+        await world.until_serving(1)
+        await world.until_serving(1, "other")
+        await world.scale("other", "colocated", 0)  # there is room for it again
+
+        def holders() -> list[str]:
+            return [name for name, pod in world.kubelet.pods.items()
+                    if pod.te.state == worker_pb2.EXECUTOR_STATE_WARM
+                    and any(r.model_revision.startswith("other@") for r in pod.te.preloads)]  # fmt: skip
+
+        async def held() -> bool:
+            return bool(holders())
+
+        await world.until(held, why="a warm pod holds the weights of the model that went to zero")
+        (holder,) = holders()
+        (request,) = world.kubelet.pods[holder].te.preloads
+        assert request.path == str(other) and request.dtype == "auto"
+        await asyncio.sleep(0.6)
+        assert len(world.kubelet.pods[holder].te.preloads) == 1  # told once
+        await world.scale("other", "colocated", 1)
+        (claimed,) = await world.until_serving(1, "other")
+        assert claimed["metadata"]["name"] == holder
+    await redis.aclose()
+
+
+async def test_a_pool_may_hold_nothing_ahead(world: World) -> None:
+    async with world.operator():
+        await world.pool(size=1, weights={"sizeLimit": "1Gi", "ahead": False})
+        await cache(world, f"file://{world.model}")
+        await world.serving(roles={"colocated": {"min": 0, "max": 1}})
+        await world.until_warm(1)
+        await until_reason(world, "Cached")
+        await asyncio.sleep(0.6)
+        assert not any(pod.te.preloads for pod in world.kubelet.pods.values())

@@ -93,6 +93,11 @@ class WeightsVolume(Part):
         description="Of it, taken and zeroed while the pod is warm, so that weights of this size arrive"
         " without waiting for memory.",
     )
+    ahead: bool = Field(
+        default=True,
+        description="Whether warm pods hold weights of the models that are likely to be wanted next (used"
+        " lately, due by a schedule, named by a ModelCache or by `models`), so that starts read no storage.",
+    )
 
 
 class WarmPoolSpec(Part):

@@ -31,10 +31,14 @@ def claimable(pods: Sequence[Pod]) -> list[Pod]:
     return sorted(free, key=lambda pod: (pod.created, pod.key))
 
 
-def fastest(free: Sequence[Pod], uri: str, fetched: Container[tuple[str, str]]) -> list[Pod]:
-    """`free` with those first whose fetcher has the file of `uri` already: a pair of (pod's uid, URI) in
-    `fetched`. Otherwise in their order."""
-    return sorted(free, key=lambda pod: (pod.uid, uri) not in fetched)
+def fastest(free: Sequence[Pod], uri: str, *places: Container[tuple[str, str]]) -> list[Pod]:
+    """`free` with those first that have what lies at `uri` already: pairs of (pod's uid, URI) in the first of
+    `places`, then in the next. Otherwise in their order."""
+
+    def place(pod: Pod) -> int:
+        return next((number for number, place in enumerate(places) if (pod.uid, uri) in place), len(places))
+
+    return sorted(free, key=place)
 
 
 def share(free: int, mine: Want, others: Sequence[Want]) -> int:

@@ -511,3 +511,5 @@ def test_pods_that_have_the_file_are_claimed_before_older_ones() -> None:
     has = {(pods[2].uid, "file:///m"), (pods[0].uid, "file:///other")}
     ordered = fastest(claimable(pods), "file:///m", has)
     assert [pod.key[1] for pod in ordered] == ["p2", "p0", "p1", "p3"]
+    ordered = fastest(claimable(pods), "file:///m", {(pods[3].uid, "file:///m")}, has)
+    assert [pod.key[1] for pod in ordered] == ["p3", "p2", "p0", "p1"]
