@@ -22,7 +22,8 @@ Live: half of the executors serve a load of at most half of the machine while as
 the other. Many: the template runs, no executor does. Memory is the Pss of all of them, less their KV pools
 and what the template took before; weights, libraries and what else they share count once.
 Held: what being held adds to a request's first token, for a model at zero, through gateway and operator, by
-what there is to start from: `wake` an executor that sleeps, `hot` and `warm` a warm pod, `cold` none.
+what there is to start from: `wake` an executor that sleeps; a warm pod, whose node's memory holds the weights
+(`hot`), which was given them because they are likely next (`ahead`), or not (`warm`); nothing (`cold`).
 Needs the small model and Linux.
 
 Peer: from the command to the first token over HTTP, `deepflow up` and `vllm serve` in turn (installed by

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import httpx
 import orjson
 import yaml
 from aiohttp import web
+from deepflow.v1 import worker_pb2, worker_pb2_grpc
 
 from controlplane.api.resources.names import (
     PORT_FETCH,
@@ -34,11 +36,13 @@ from controlplane.kube.resources import MODEL_SERVINGS, WARM_POOLS
 from controlplane.local.starts import TOKEN, Node
 from controlplane.local.valkey import ValkeyServer
 from controlplane.nodeagent.fetcher import Fetcher, application
+from kvtransfer.auth import call_metadata
+from kvtransfer.channel import open_channel
 from tests.bench import common
 from tests.support.kube_api import kube_api
 from tests.support.kube_world import ADDRESSES, World, connect
 
-PATHS = ("wake", "hot", "warm", "cold")
+PATHS = ("wake", "hot", "ahead", "warm", "cold")
 NAMESPACE = "held"
 KV_CACHE = "256Mi"
 START_SECONDS = 60.0
@@ -50,7 +54,8 @@ class Pod:
 
     def __init__(self, made: Node, name: str, redis_url: str, cache: Path, path: str) -> None:
         self.host = ADDRESSES.next()
-        weights = made.paths.weights.with_name("weights-shared" if path == "hot" else f"weights-{name}")
+        own = made.paths.weights.with_name(f"{made.paths.weights.name}-{name}")
+        weights, self._own = (made.paths.weights, None) if path == "hot" else (own, own)
         self._child = made.child(
             f"{NAMESPACE}.{name}",
             forked=path != "cold",
@@ -79,6 +84,8 @@ class Pod:
             await asyncio.gather(self._run, return_exceptions=True)
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._own is not None:
+            await asyncio.to_thread(shutil.rmtree, self._own, ignore_errors=True)
 
 
 class Rig:
@@ -140,6 +147,8 @@ class Rig:
         await self._pool(0 if path == "cold" else 1)
         await world.until_warm(0 if path == "cold" else 1)
         await asyncio.sleep(1.0)  # its libraries, if it was forked: WARM_SECONDS twice
+        if path == "ahead":
+            await world.until(self._put, why="the warm pod holds the model's weights")
 
     async def _asleep(self) -> bool:
         roles = (await self.world.get_serving()).get("status", {}).get("roles", [])
@@ -147,6 +156,15 @@ class Rig:
         return sum(role["asleep"] for role in roles) == len(pods) == 1 and not sum(
             role["ready"] for role in roles
         )
+
+    async def _put(self) -> bool:
+        (pod,) = await self.world.pods(state="warm")
+        host = self.world.kubelet.pods[pod["metadata"]["name"]].host
+        async with open_channel(f"{host}:{PORT_GRPC}", None) as channel:
+            status = await worker_pb2_grpc.TaskExecutorStub(channel).GetStatus(
+                worker_pb2.GetStatusRequest(), metadata=call_metadata(TOKEN), timeout=10
+            )
+        return bool(status.record.preloaded)
 
     async def _nobody(self) -> bool:
         return not await self.world.pods(model_serving="m")
@@ -156,7 +174,8 @@ class Rig:
         await self.world.api.patch(MODEL_SERVINGS, NAMESPACE, "m", patch, manager="test")
 
     async def _pool(self, size: int) -> None:
-        await self.world.api.patch(WARM_POOLS, NAMESPACE, "cpu", {"spec": {"size": size}}, manager="test")
+        spec = {"size": size, "weights": {"ahead": self.path == "ahead"}}
+        await self.world.api.patch(WARM_POOLS, NAMESPACE, "cpu", {"spec": spec}, manager="test")
 
 
 async def held(made: Node, report: common.Report, rounds: int, model: Path) -> dict[str, float]:
