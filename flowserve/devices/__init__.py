@@ -110,6 +110,14 @@ class Device(Protocol):
         """Once after both are made, before the first step: what is to be recorded is recorded."""
         ...
 
+    def room(self) -> int:
+        """Bytes that a KV pool may take where nobody says how many."""
+        ...
+
+    def peak(self, step: Callable[[], torch.Tensor]) -> int:
+        """Bytes of the device's memory that `step` takes at its height."""
+        ...
+
     def make_pool(self, layout: KVLayout, num_blocks: int) -> Pool:
         """Raises kvtransfer.pool.PoolError where the memory cannot be had."""
         ...

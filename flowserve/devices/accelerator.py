@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,14 @@ from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import PoolError
+
+ROOM_SHARE = 0.92
+"""Of the memory that is free once weights lie there, for KV whose size nobody says (vLLM's default share)."""
+MEMORY_CALLS = (
+    "mem_get_info", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "synchronize",
+    "empty_cache",
+)  # fmt: skip
+"""What is asked of a device's module of torch, here and in TorchLlama.sleep."""
 
 
 class DeviceStore:
@@ -158,6 +167,26 @@ class AcceleratorDevice:
     def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
         if isinstance(model, GraphedLlama):
             model.prepare(pool.pages, max_len)
+
+    def room(self) -> int:
+        """What is free on the device but for a margin."""
+        free, _ = self._memory.mem_get_info(self._device)
+        return int(ROOM_SHARE * free)
+
+    def peak(self, step: Callable[[], torch.Tensor]) -> int:
+        memory = self._memory
+        memory.reset_peak_memory_stats(self._device)
+        before = memory.memory_allocated(self._device)
+        step()
+        memory.synchronize()
+        height = int(memory.max_memory_allocated(self._device)) - int(before)
+        memory.empty_cache()  # or the free memory would lack it
+        return height
+
+    @property
+    def _memory(self) -> Any:
+        """`torch.cuda`, `torch.npu`: of it MEMORY_CALLS are used."""
+        return torch.get_device_module(self._device)
 
     def make_pool(self, layout: KVLayout, num_blocks: int) -> DevicePool:
         return DevicePool(layout, num_blocks, self._device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,16 @@ from flowserve.models.llama import TorchLlama
 from flowserve.models.loader import DTYPES
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
-from kvtransfer.pool import HostPool
+from kvtransfer.pool import HostPool, available_memory
 
 if TYPE_CHECKING:
     from flowserve.devices.collective import Group
 
 PREFAULT_FIRST_BYTES = 64 << 20
 """A pool up to here is taken at once: 20 ms (ours)."""
+
+ROOM_SHARE = 0.5
+"""Of the memory that is free to the process, for KV whose size nobody says (ours)."""
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +129,30 @@ class CpuDevice:
     def prepare(self, model: Model, pool: Pool, max_len: int) -> None:
         """Nothing is recorded."""
 
+    def room(self) -> int:
+        """A share of what is free: others of the node want some of it too."""
+        return int(ROOM_SHARE * available_memory())
+
+    def peak(self, step: Callable[[], torch.Tensor]) -> int:
+        """0 where the system does not tell."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the height of before is forgotten
+            before = _resident()
+            step()
+            return max(0, _resident("VmHWM") - before)
+        except OSError:
+            return 0
+
     def make_pool(self, layout: KVLayout, num_blocks: int) -> CpuPool:
         return CpuPool(layout, num_blocks)
+
+
+def _resident(line: str = "VmRSS") -> int:
+    """Bytes. Raises OSError where the system does not tell."""
+    for found in Path("/proc/self/status").read_text().splitlines():
+        if found.startswith(f"{line}:"):
+            return int(found.split()[1]) << 10
+    raise OSError(f"no {line} in /proc/self/status")
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from flowserve.devices import Device, Model, Pool, open_device
 from flowserve.engine.sampling import sample, token_logprobs
 from flowserve.engine.types import SamplingParams, TokenLogprobs
 from flowserve.executor.batch import flatten
+from flowserve.executor.capacity import pool_bytes
 from flowserve.executor.interface import QUANTIZATIONS, ModelInfo, SampleSpec, SequenceSlice, SliceResult
 from flowserve.models.config import ModelConfig
 from flowserve.models.errors import UnsupportedModel
@@ -146,10 +147,12 @@ def open_executor(
     threads: int = 1,
     quantization: str = "",
     tensor_parallel: int = 1,
+    max_batch_tokens: int = 512,
     weights: WeightCache | None = None,
     feed: Feed | None = None,
 ) -> LocalExecutor:
-    """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`.
+    """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`; 0: what the device has
+    room for beside steps of `max_batch_tokens` (flowserve.executor.capacity).
 
     `dtype` is that of KV pages and, without `quantization` (interface.QUANTIZATIONS), of the weights.
     With `tensor_parallel` ranks the model, the pool and the threads are shared out over as many processes,
@@ -177,8 +180,11 @@ def open_executor(
         head_dim=config.head_dim,
     )
     num_blocks = kv_cache_bytes // layout.block_bytes
-    if num_blocks < 1:
-        raise PoolError(f"kv_cache_bytes {kv_cache_bytes} is less than one block of {layout.block_bytes}")
+    if num_blocks < 1 and (kv_cache_bytes or tensor_parallel > 1):
+        many = f" with {tensor_parallel} ranks" if not kv_cache_bytes else ""
+        raise PoolError(
+            f"kv_cache_bytes {kv_cache_bytes}{many} is less than one block of {layout.block_bytes}"
+        )
     model: Model
     pool: Pool
     rouse: Callable[[], Pool]
@@ -203,6 +209,9 @@ def open_executor(
         )
         loaded = time.perf_counter()
         try:
+            if not num_blocks:
+                room = pool_bytes(where, model, layout, tokens=min(max_batch_tokens, max_len), source=cached)
+                num_blocks = room // layout.block_bytes
             pool = make_pool()
         except BaseException:
             model.close()

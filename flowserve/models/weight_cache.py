@@ -510,6 +510,18 @@ class CachedSource:
             self.identity, {"format": FORMAT, "content": content, "config": asdict(self._config)}
         )
 
+    def profile(self, name: str) -> int | None:
+        """What `keep_profile` noted under `name` of this content; None where nobody on the node has."""
+        content = self.recalled()
+        noted = None if content is None else self._cache.noted(_profile(content, name))
+        value = None if noted is None else noted.get("bytes")
+        return value if isinstance(value, int) and value >= 0 else None
+
+    def keep_profile(self, name: str, value: int) -> None:
+        """Bytes, for later starts on this node."""
+        if (content := self.recalled()) is not None:
+            self._cache.note(_profile(content, name), {"format": FORMAT, "bytes": value})
+
     def digest(self) -> str:
         """SHA-256 over the files' contents in the order of their names, 32 hex digits of it."""
         if self.content is not None:
@@ -570,6 +582,10 @@ def _identity(files: list[Path]) -> str:
         line = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}\n"
         digest.update(line.encode())
     return digest.hexdigest()[:32]
+
+
+def _profile(content: str, name: str) -> str:
+    return hashlib.sha256(f"{FORMAT}\0{content}\0{name}".encode()).hexdigest()[:32]
 
 
 def _config(noted: dict[str, Any]) -> ModelConfig | None:

@@ -33,8 +33,6 @@ if TYPE_CHECKING:  # both import torch: a warm process listens before that is do
 log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
-DEFAULT_KV_BYTES = 256 << 20
-"""Of a LoadModel that names no size (ours): 5,800 tokens of the default model in bfloat16."""
 STOP_ENGINE_SECONDS = 5.0
 """Ten times the bound of a step."""
 
@@ -62,7 +60,7 @@ class LoadSpec:
     revision: str
     path: str
     dtype: str = "auto"
-    kv_cache_bytes: int = DEFAULT_KV_BYTES
+    kv_cache_bytes: int = 0  # 0 = what the device has room for
     max_model_len: int = 0  # 0 = the model's own
     tensor_parallel: int = 0  # 0 = the executor's own degree; another than that is refused
     quantization: str = ""
@@ -287,7 +285,8 @@ class Loader:
                 revision=spec.revision,
                 device=settings.device,
                 dtype=spec.dtype,
-                kv_cache_bytes=spec.kv_cache_bytes or DEFAULT_KV_BYTES,
+                kv_cache_bytes=spec.kv_cache_bytes,
+                max_batch_tokens=settings.max_batch_tokens,
                 block_tokens=settings.block_tokens,
                 max_model_len=spec.max_model_len or None,
                 threads=settings.threads,

@@ -22,7 +22,7 @@ from deepflow.v1 import worker_pb2_grpc
 from flowserve.engine.types import ErrorCode, FinishReason, TaskDelta, TaskError, TaskRejected
 from flowserve.shell import convert, metrics
 from flowserve.shell.lifecycle import DEFAULT_DRAIN_SECONDS, Lifecycle, Refusal, Refused
-from flowserve.shell.loading import DEFAULT_KV_BYTES, LoadFailed, LoadReason, LoadSpec
+from flowserve.shell.loading import LoadFailed, LoadReason, LoadSpec
 from flowserve.shell.outbox import KVState
 from flowserve.shell.streams import GatewayStream, Streams, TooManyStreams
 from kvtransfer.auth import PROTOCOL_KEY, PROTOCOL_VERSION
@@ -329,7 +329,7 @@ def _spec(request: pb.LoadModelRequest) -> LoadSpec:
         revision=request.model_revision,
         path=request.path,
         dtype=request.dtype or "auto",
-        kv_cache_bytes=request.kv_cache_bytes or DEFAULT_KV_BYTES,
+        kv_cache_bytes=request.kv_cache_bytes,
         max_model_len=request.max_model_len,
         tensor_parallel=request.tensor_parallel,
         quantization=request.quantization,

@@ -95,7 +95,9 @@ class EngineOptions(Part):
         default="none", description="Weights in blocks of 8 or 4 bits; on `cpu` only."
     )
     kv_cache_bytes: Quantity = Field(
-        default="1Gi", description="KV pool of each executor, as a quantity. Ranks of an executor share it."
+        default="1Gi",
+        description="KV pool of each executor, as a quantity. Ranks of an executor share it. `0`: what the "
+        "device has room for beside its largest step (not with several ranks).",
     )
     max_model_len: int = Field(
         default=0, ge=0, le=10_000_000, description="Bound of the context in tokens; 0: the model's own."

@@ -569,6 +569,7 @@ class LoadModelRequest(_message.Message):
     dtype: _builtins.str
     """"bfloat16" | "float32" | "auto" """
     kv_cache_bytes: _builtins.int
+    """0 = what the device has room for beside its largest step"""
     max_model_len: _builtins.int
     """0 = the model's own"""
     tensor_parallel: _builtins.int

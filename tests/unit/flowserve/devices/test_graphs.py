@@ -100,6 +100,28 @@ def test_replayed_decodes_give_the_tokens_of_the_plain_step(
         assert [s.logprob for s in mine.scores] == pytest.approx([s.logprob for s in theirs.scores], abs=1e-4)
 
 
+def test_a_model_that_slept_is_recorded_anew_over_its_new_weights_and_pages(
+    path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = opened(path, device, monkeypatch)
+    before, after = sequences(), sequences()
+    drive(executor, before, 11)
+    executor.sleep()
+    graphed = executor._model
+    assert isinstance(graphed, GraphedLlama)
+    inner = graphed._model
+    old = inner._placed
+    inner._take({name: tensor.clone() for name, tensor in old.items()})  # as a way to host memory and back
+    for tensor in old.values():
+        tensor.zero_()  # whoever still reads there gives other tokens
+    executor.wake()
+    assert len(device.captured) == 2 * len(BUCKETS)
+    drive(executor, after, 11)
+    assert [run.output for run in after] == [run.output for run in before]
+    assert any(step.replays for step in device.captured[len(BUCKETS) :])
+    executor.close()
+
+
 def decode_batch(count: int, tables: Sequence[Sequence[int]], positions: Sequence[int]) -> RaggedBatch:
     each = np.arange(count, dtype=np.int32)
     return RaggedBatch(

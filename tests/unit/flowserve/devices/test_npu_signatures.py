@@ -25,6 +25,7 @@ import torch
 
 from flowserve.devices import npu as ours
 from flowserve.devices import open_device
+from flowserve.devices.accelerator import MEMORY_CALLS
 from flowserve.models.llama import Spans, gathered_attention
 
 VERSION = "2.14.0"
@@ -35,6 +36,7 @@ GRAPHS = "torch_npu/npu/graphs.py"
 HANDLER = "torch_npu/npu/_npugraph_handlers/ifa_handler.py"
 BACKENDS = "torch_npu/_init/registry/distributed.py"
 NPU = "torch_npu/npu/__init__.py"
+MEMORY = "torch_npu/npu/memory.py"
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +260,21 @@ def test_nothing_else_is_asked_of_torch_npu(
         for alias in node.names
     } | {node.name for node in ast.walk(tree(wheel, NPU)) if isinstance(node, ast.FunctionDef)}
     assert {name.removeprefix("npu.") for name in plain | graphs} <= there
+    [every] = [  # of `from .memory import *`
+        ast.literal_eval(node.value)
+        for node in tree(wheel, MEMORY).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert "*" in there and set(MEMORY_CALLS) <= there | set(every)
+    takes_device = {"mem_get_info", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"}
+    for name in takes_device:  # each is called with the device alone
+        [node] = [
+            node
+            for file in (NPU, MEMORY)
+            for node in ast.walk(tree(wheel, file))
+            if isinstance(node, ast.FunctionDef) and node.name == name
+        ]
+        signature(node).bind(0)
     fake = types.SimpleNamespace(
         is_available=lambda: True, device_count=lambda: 2, set_device=lambda index: None
     )

@@ -112,6 +112,14 @@ def test_batched_and_chunked_is_alone_and_whole(
     same(together, reference)
 
 
+def test_a_model_that_slept_computes_as_before(executor: LocalExecutor, reference: list[Run]) -> None:
+    store = executor.store
+    executor.sleep()
+    executor.wake()
+    assert executor.store is not store and executor.store.num_blocks == store.num_blocks
+    same(alone(executor), reference)
+
+
 def test_prefills_and_decodes_share_a_batch(executor: LocalExecutor, reference: list[Run]) -> None:
     """One sequence decodes while another's prompt arrives in pieces."""
     early, late = runs(executor)[1:3]
