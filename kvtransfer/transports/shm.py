@@ -28,27 +28,29 @@ class ShmTransport:
     name = "shm"
 
     def __init__(self, source: HostPool | ImageStore, workers: ThreadPoolExecutor) -> None:
-        self._source = source
+        self._source: HostPool | ImageStore | None = source
         self._workers = workers
 
     @property
     def retired(self) -> bool:
-        """The sender gave its memory up."""
-        return self._source.retired
+        """The sender gave its memory up, or this end was closed."""
+        return self._source is None or self._source.retired
 
     async def copy(self, job: Job) -> None:
-        blocks = job.blocks()
+        blocks, source = job.blocks(), self._source
         if not blocks:
             return
-        if max(blocks) >= self._source.num_blocks:
+        if source is None:
+            raise TransferError(TransferErrorCode.STALE_POOL, "the sender's memory was let go")
+        if max(blocks) >= source.num_blocks:
             raise TransferError(TransferErrorCode.INTERNAL, "a block outside the sender's pool was announced")
         expected = [job.generations[block] for block in blocks]
         stop = Stop()
 
         def run() -> None:
-            self._verify(blocks, expected, "before")
-            self._copy(job, blocks, stop)
-            self._verify(blocks, expected, "while")
+            _verify(source, blocks, expected, "before")
+            _copy(source, job, blocks, stop)
+            _verify(source, blocks, expected, "while")
 
         if job.destination.view(0, 0) is not None and job.size <= INLINE_COPY_BYTES:
             run()
@@ -56,34 +58,38 @@ class ShmTransport:
         await run_quarantined(self._workers, run, stop.set)
 
     async def close(self) -> None:
-        """The mapping is freed with its last reference: a copy may still run."""
+        """The mapping is freed with the last copy that runs, whoever still knows this transport: a peer may
+        stand in a cycle that no collector looks at (frozen, after a load)."""
+        self._source = None
 
-    def _verify(self, blocks: list[int], expected: list[int], when: str) -> None:
-        if not self._source.generations_equal(blocks, expected):
-            raise TransferError(
-                TransferErrorCode.GENERATION_MOVED, f"the sender reused blocks {when} they were copied"
-            )
 
-    def _copy(self, job: Job, blocks: list[int], stop: Stop) -> None:
-        store, size = job.destination, job.block_bytes
-        sliced = job.heads[1] > 0
-        target = store.view(0, store.num_blocks)
-        if target is not None:
-            # From a flat row of numbers: an array of tuples takes five times as long.
-            moves = np.fromiter(itertools.chain.from_iterable(job.moves), np.int64).reshape(-1, 3)
-            pieces = head_pieces(moves, self._source.layout, job.heads) if sliced else moves * size
-            copy_pieces(target, self._source.pages, pieces, stop)
+def _verify(source: HostPool | ImageStore, blocks: list[int], expected: list[int], when: str) -> None:
+    if not source.generations_equal(blocks, expected):
+        raise TransferError(
+            TransferErrorCode.GENERATION_MOVED, f"the sender reused blocks {when} they were copied"
+        )
+
+
+def _copy(source: HostPool | ImageStore, job: Job, blocks: list[int], stop: Stop) -> None:
+    store, size = job.destination, job.block_bytes
+    sliced = job.heads[1] > 0
+    target = store.view(0, store.num_blocks)
+    if target is not None:
+        # From a flat row of numbers: an array of tuples takes five times as long.
+        moves = np.fromiter(itertools.chain.from_iterable(job.moves), np.int64).reshape(-1, 3)
+        pieces = head_pieces(moves, source.layout, job.heads) if sliced else moves * size
+        copy_pieces(target, source.pages, pieces, stop)
+        return
+    step = max(1, STAGED_BYTES // size)
+    done = 0
+    for (staging,) in landing(store, job.moves, step):
+        some = blocks[done : done + step]
+        moves = np.array([(block, at, 1) for at, block in enumerate(some)], np.int64)
+        pieces = head_pieces(moves, source.layout, job.heads) if sliced else moves * size
+        copy_pieces(staging, source.pages, pieces, stop)
+        done += len(some)
+        if stop.is_set():
             return
-        step = max(1, STAGED_BYTES // size)
-        done = 0
-        for (staging,) in landing(store, job.moves, step):
-            some = blocks[done : done + step]
-            moves = np.array([(block, at, 1) for at, block in enumerate(some)], np.int64)
-            pieces = head_pieces(moves, self._source.layout, job.heads) if sliced else moves * size
-            copy_pieces(staging, self._source.pages, pieces, stop)
-            done += len(some)
-            if stop.is_set():
-                return
 
 
 def head_pieces(moves: Pieces, source: KVLayout, heads: tuple[int, int]) -> Pieces:
