@@ -54,6 +54,14 @@ SLEEP_SECONDS = 10.0
 log = logging.getLogger(__name__)
 
 
+def path_of(pod: Pod) -> str:
+    """What a serving executor started from: a pod that was made for its claim started cold, else as the
+    executor says."""
+    if pod.start_path == "cold" or pod.te is None:
+        return pod.start_path or "warm"
+    return pod.te.start_path or pod.start_path or "warm"
+
+
 class Actor:
     """Does what plans of one ModelServing or WarmPool say."""
 
@@ -152,8 +160,9 @@ class Actor:
             notes[ANNOTATION_DRAIN_SINCE] = format_time(self._wall())
         if action.state is PodState.ASLEEP:
             notes[ANNOTATION_ASLEEP_SINCE] = format_time(self._wall())
+        path = path_of(pod)
         if action.revision:
-            notes[ANNOTATION_REVISION] = action.revision
+            notes |= {ANNOTATION_REVISION: action.revision, ANNOTATION_START_PATH: path}
         done = await self._patch(pod, labels={LABEL_STATE: action.state.value}, annotations=notes)
         if done and action.state is PodState.DRAINING:
             self._cluster.executors.drain(pod.uid)
@@ -161,9 +170,8 @@ class Actor:
             self._cluster.executors.sleep(pod.uid, SLEEP_SECONDS)
             self._tell(owner, action.reason, f"{pod.key[1]} is not needed now")
         if done and action.state is PodState.SERVING:
-            path = pod.start_path or "warm"
             metrics.CLAIM_SECONDS.labels(path).observe(max(0.0, self._wall() - pod.claimed_at))
-            self._tell(owner, action.reason, f"{pod.key[1]} serves {action.revision}")
+            self._tell(owner, action.reason, f"{pod.key[1]} serves {action.revision} ({path})")
         return done
 
     async def _patch(

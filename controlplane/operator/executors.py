@@ -529,6 +529,7 @@ def _te_of(status: worker_pb2.ExecutorStatus, te_id: str, now: float) -> Te:
         revision=record.model_revision,
         tasks=status.tasks,
         transfers=load.transfers_out,
+        start_path=record.start_path,
         hung=busy and load.age_seconds > HUNG_STEP_SECONDS,
         message=record.message,
     )

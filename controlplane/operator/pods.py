@@ -110,6 +110,9 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
     weights = weights_bytes(pool)
     probed = PORT_HEALTH if tls_secret else PORT_GRPC  # kubelets' probes speak no TLS
     extra = [env.wire() for env in spec.env]
+    # What kernels are compiled to, by source, version and device: a pod on the same volume need not again.
+    kernels = {"name": "TRITON_CACHE_DIR", "value": f"{CACHE_PATH}/compiled"}
+    compiled = [] if spec.device == "cpu" else [kernels]
     executor: Json = {
         "name": CONTAINER_EXECUTOR,
         "image": spec.image,
@@ -125,7 +128,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
             *weights_options(pool, weights),
             *("--drain-seconds", str(max(1, grace - DRAIN_MARGIN_SECONDS)), *spec.args),
         ],
-        "env": [*own, *token, *secret_env("REDIS_URL", redis_secret), *extra],
+        "env": [*own, *compiled, *token, *secret_env("REDIS_URL", redis_secret), *extra],
         "ports": [
             {"name": "grpc", "containerPort": PORT_GRPC},
             {"name": "kv", "containerPort": PORT_KV},

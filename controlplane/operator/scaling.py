@@ -270,8 +270,10 @@ class ScalingLoop:
         took = round(self._wall() - (model.wake_began or self._wall()), 1)
         model.wake_began = None
         state.waking = False
-        state.wake = {**(state.wake or {"startedAt": format_time(self._wall()), "path": "warm"}),
-                      "seconds": took, "progress": 1.0}  # fmt: skip
+        began = state.wake or {"startedAt": format_time(self._wall()), "path": "warm"}
+        told = next((pod.te.start_path for pod in pods if pod.serves and pod.te is not None), "")
+        path = began["path"] if began["path"] == "cold" else told or began["path"]
+        state.wake = {**began, "path": path, "seconds": took, "progress": 1.0}
 
     def _warm(self, key: Key, serving: ModelServing) -> bool:
         return any(

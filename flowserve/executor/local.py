@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from flowserve.models.weight_cache import Feed, Named, WeightCache
 from flowserve.models.weights import WeightSource
 from kvtransfer.layout import KVLayout
 from kvtransfer.pool import BlockStore, PoolError
+
+if TYPE_CHECKING:  # loads torch.distributed
+    from flowserve.executor.ranks import WarmRanks
 
 SCORE_BYTES = 16 << 20
 """Logits held at a time while a prompt is scored (ours): enough rows to read the head's weights seldom."""
@@ -150,14 +154,16 @@ def open_executor(
     max_batch_tokens: int = 512,
     weights: WeightCache | None = None,
     feed: Feed | None = None,
+    ranks: WarmRanks | None = None,
 ) -> LocalExecutor:
     """Loads the model at `path` and allocates its KV pool of about `kv_cache_bytes`; 0: what the device has
     room for beside steps of `max_batch_tokens` (flowserve.executor.capacity).
 
     `dtype` is that of KV pages and, without `quantization` (interface.QUANTIZATIONS), of the weights.
     With `tensor_parallel` ranks the model, the pool and the threads are shared out over as many processes,
-    of which this is the first, on devices counted up from `device`. With `weights` they are taken from the
-    node's cache, or put there for the next (not where ranks share them): from `feed`, where that has them.
+    of which this is the first, on devices counted up from `device`; those that `ranks` has, then new ones.
+    With `weights` they are taken from the node's cache, or put there for the next (not where ranks share
+    them): from `feed`, where that has them.
 
     Raises ModelNotFound (a FileNotFoundError), UnsupportedModel and BadWeights (ValueErrors),
     DeviceUnavailable (a ValueError), PoolError where the pool's memory cannot be had.
@@ -234,6 +240,7 @@ def open_executor(
             num_blocks=num_blocks,
             max_len=max_len,
             threads=threads,
+            warm=ranks,
         )
         loaded = time.perf_counter()  # pools come with the ranks
     info = ModelInfo(

@@ -8,6 +8,7 @@ this process ends at once, also out of a collective that nobody else will enter.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import flowserve.devices.collective  # noqa: F401  with torch.distributed: before there is a model
 from flowserve.devices import open_device
 from flowserve.executor.batch import Ints, RaggedBatch
 from flowserve.models.loader import DTYPES, open_model
@@ -161,6 +163,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     steps, pages = (Connection(int(fd)) for fd in sys.argv[1:3])
     code = EXIT_OK
+    with contextlib.suppress(ValueError):  # told to the driver once there is a model
+        open_device(sys.argv[3])
     try:
         run(steps, pages)
     except EOFError:

@@ -64,20 +64,24 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Rank:
-    """The driver's end of one rank's process."""
+    """The driver's end of one rank's process, which waits for its model once libraries and device are up."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, number: int, device: str) -> None:
+        """`device` is the rank's own."""
         steps, theirs = socketpair()
         pages, their_pages = socketpair()
         with theirs, their_pages:
             fds = (theirs.fileno(), their_pages.fileno())
             # Not -m: run as __main__, its messages would be other classes than those imported here.
             program = "from flowserve.executor.rank import main; main()"
-            command = [sys.executable, "-P", "-c", program, *map(str, fds)]
+            command = [sys.executable, "-P", "-c", program, *map(str, fds), device]
             self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
-        self.number = spec.rank
+        self.number, self.device = number, device
         self._steps, self._pages = Connection(steps.detach()), Connection(pages.detach())
-        self._steps.send(spec)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -88,7 +92,7 @@ class Rank:
         if (code := self._process.poll()) is not None:
             raise ExecutorLost(f"rank {self.number} has ended with code {code}")
 
-    def send(self, request: Prepare | Forward | Logits | Sleep | Wake) -> None:
+    def send(self, request: RankSpec | Prepare | Forward | Logits | Sleep | Wake) -> None:
         with self._lost():
             self._steps.send(request)
 
@@ -136,6 +140,30 @@ class Rank:
             yield
         except (EOFError, OSError) as error:
             raise ExecutorLost(f"rank {self.number} is gone: {error or 'its end is closed'}") from error
+
+
+class WarmRanks:
+    """Ranks that wait for a model, whichever it is and over however many of them (DeepServe, section 6.1:
+    executors that are warm for any parallelism). From any thread, one at a time."""
+
+    def __init__(self, device: str, count: int) -> None:
+        """Starts `count` processes beyond the first rank; `device` is the first rank's."""
+        self._device = device
+        self._waiting = [self._start(number) for number in range(1, count + 1)]
+
+    def take(self, count: int) -> list[Rank]:
+        """Ranks 1 to `count`: those that wait, and new ones for what is lacking."""
+        waiting = {rank.number: rank for rank in self._waiting if rank.alive}
+        self._waiting = [rank for number, rank in waiting.items() if number > count]
+        return [waiting.get(number) or self._start(number) for number in range(1, count + 1)]
+
+    def close(self) -> None:
+        """Ends those that still wait."""
+        close_ranks(self._waiting)
+        self._waiting = []
+
+    def _start(self, number: int) -> Rank:
+        return Rank(number, rank_device(self._device, number))
 
 
 class RankModel:
@@ -296,9 +324,10 @@ def open_ranks(
     num_blocks: int,
     max_len: int,
     threads: int,
+    warm: WarmRanks | None = None,
 ) -> tuple[RankModel, RankPool, Callable[[], RankPool]]:
-    """Starts `size - 1` processes beside this one and loads the model into all; `layout` has all KV heads.
-    The third wakes all and gives their new pools, after `RankModel.sleep`.
+    """Takes `size - 1` processes of `warm`, or starts them, and loads the model into all; `layout` has all KV
+    heads. The third wakes all and gives their new pools, after `RankModel.sleep`.
 
     Raises what `open_device`, `make_model` and `make_pool` raise, here or in a rank; UnsupportedModel where
     the model cannot be shared out; ExecutorLost for a rank that died or hangs.
@@ -314,12 +343,11 @@ def open_ranks(
     with tempfile.TemporaryDirectory(prefix="deepflow-ranks-") as folder:  # only this user may open it
         meeting_file = Path(folder) / "meet"
         try:
-            for number in range(1, size):
-                name = rank_device(device.name, number)
-                ranks.append(
-                    Rank(
-                        RankSpec(number, size, meeting_file, path, name, share, num_blocks, max_len, threads)
-                    )
+            ranks = (warm or WarmRanks(device.name, 0)).take(size - 1)
+            for rank in ranks:
+                number, name = rank.number, rank.device
+                rank.send(
+                    RankSpec(number, size, meeting_file, path, name, share, num_blocks, max_len, threads)
                 )
             pool = device.make_pool(share, num_blocks)
             for rank in ranks:

@@ -24,7 +24,8 @@ from typing import Protocol
 
 from flowserve.engine.types import ErrorCode, LoadReport, Role, TaskError
 from flowserve.shell import metrics
-from flowserve.shell.loading import Asleep, LoadFailed, LoadReason, LoadSpec, Model
+from flowserve.shell.loading import Asleep, LoadFailed, LoadReason, LoadSpec
+from flowserve.shell.served import ServedModel
 from flowserve.shell.settings import DEFAULT_MAX_ASLEEP
 from flowserve.shell.sleepers import Sleepers
 
@@ -93,9 +94,9 @@ class Slept:
 class ModelLoader(Protocol):
     """What is asked of `flowserve.shell.loading.Loader`: all block, and run on a worker thread."""
 
-    def __call__(self, spec: LoadSpec, role: Role) -> Model: ...
+    def __call__(self, spec: LoadSpec, role: Role) -> ServedModel: ...
 
-    def wake(self, asleep: Asleep, spec: LoadSpec, role: Role) -> Model: ...
+    def wake(self, asleep: Asleep, spec: LoadSpec, role: Role) -> ServedModel: ...
 
     def preload_weights(self, spec: LoadSpec) -> str: ...
 
@@ -108,7 +109,7 @@ class Lifecycle:
         load: ModelLoader,
         *,
         role: Role,
-        on_model: Callable[[Model], None],
+        on_model: Callable[[ServedModel], None],
         on_sleep: Callable[[], Awaitable[None]],
         on_change: Callable[[], None],
         transfers_left: Callable[[], int],
@@ -127,8 +128,8 @@ class Lifecycle:
         self.message = ""
         self.role = role
         self.role_epoch = 0
-        self.model: Model | None = None
-        self._loading: asyncio.Task[Model] | None = None
+        self.model: ServedModel | None = None
+        self._loading: asyncio.Task[ServedModel] | None = None
         self._loading_spec: LoadSpec | None = None
         self.sleepers = Sleepers(max_asleep)
         self._falling: asyncio.Task[Slept] | None = None
@@ -170,7 +171,7 @@ class Lifecycle:
 
     # -- loading ---------------------------------------------------------------------------------
 
-    async def load_model(self, spec: LoadSpec) -> Model:
+    async def load_model(self, spec: LoadSpec) -> ServedModel:
         """Loads or wakes, joins a load of the same model under way, or returns what is loaded already.
 
         Raises LoadFailed (the executor is as before), Refused for another model or a wrong state.
@@ -197,7 +198,7 @@ class Lifecycle:
         self._to(State.LOADING)
         return await asyncio.shield(self._loading)
 
-    async def _run_load(self, spec: LoadSpec) -> Model:
+    async def _run_load(self, spec: LoadSpec) -> ServedModel:
         started = self._clock()
         log.info("loading %s from %s", spec.revision, spec.path)
         try:
@@ -261,7 +262,7 @@ class Lifecycle:
         self._on_change()
         return came, seconds
 
-    def _open(self, spec: LoadSpec) -> Model:
+    def _open(self, spec: LoadSpec) -> ServedModel:
         """Wakes or loads; for memory that lacks, models that sleep are given up. On a worker thread."""
         asleep = self.sleepers.take(spec)
         while True:
@@ -287,7 +288,8 @@ class Lifecycle:
         """No new tasks from now on; when running tasks and offers have ended, within `timeout` seconds, the
         model sleeps. Joins a sleep under way; a caller that goes away does not stop it.
 
-        Raises Refused: BUSY where tasks were left (the model then serves on) or one is being loaded.
+        Raises Refused: BUSY where tasks were left (the model then serves on) or one is being loaded, INVALID
+        where the engine's models do not sleep.
         """
         if self._falling is not None:
             return await asyncio.shield(self._falling)
@@ -298,12 +300,14 @@ class Lifecycle:
         model = self.model
         if self.state is not State.READY or model is None:
             raise Refused(Refusal.STALE, f"this executor is {self.state.value}: nothing sleeps here")
+        if not model.can_sleep:
+            raise Refused(Refusal.INVALID, "this engine's models do not sleep")
         self._falling = asyncio.create_task(self._fall_asleep(model, timeout), name="sleep")
         self._falling.add_done_callback(_seen)
         self._to(State.SLEEPING)
         return await asyncio.shield(self._falling)
 
-    async def _fall_asleep(self, model: Model, timeout: float) -> Slept:
+    async def _fall_asleep(self, model: ServedModel, timeout: float) -> Slept:
         try:
             left = await self._rest(timeout, State.SLEEPING)
             if self.state is not State.SLEEPING:
@@ -317,7 +321,7 @@ class Lifecycle:
         finally:
             self._falling = None
 
-    async def _put_to_sleep(self, model: Model) -> Slept:
+    async def _put_to_sleep(self, model: ServedModel) -> Slept:
         began, revision = self._clock(), model.spec.revision
         self.model = None
         try:
@@ -402,7 +406,7 @@ class Lifecycle:
         self._on_change()
 
 
-def _seen(task: asyncio.Task[Model] | asyncio.Task[Slept]) -> None:
+def _seen(task: asyncio.Task[ServedModel] | asyncio.Task[Slept]) -> None:
     """Every caller may have gone away: a failed load is logged already."""
     if not task.cancelled():
         task.exception()

@@ -22,6 +22,7 @@ from kvtransfer.weights import WeightPeer
 if TYPE_CHECKING:  # both import torch: a warm process listens before that is done
     from flowserve.engine.engine import Engine
     from flowserve.executor.local import LocalExecutor
+    from flowserve.executor.ranks import WarmRanks
     from flowserve.models.weight_cache import Feed, Named, WeightCache
     from flowserve.rtc import RTC
     from flowserve.rtc.disk import DiskTier
@@ -62,7 +63,7 @@ class LoadSpec:
     dtype: str = "auto"
     kv_cache_bytes: int = 0  # 0 = what the device has room for
     max_model_len: int = 0  # 0 = the model's own
-    tensor_parallel: int = 0  # 0 = the executor's own degree; another than that is refused
+    tensor_parallel: int = 0  # 0 = over all ranks of the executor; more than it has is refused
     quantization: str = ""
     fork_from: tuple[WeightPeer, ...] = field(default=(), compare=False)  # who may have the weights
     decided_unix: float = field(default=0.0, compare=False)  # when it was decided; 0 = not told
@@ -100,6 +101,10 @@ class Model:
     start: Start
     image: Named | None = None  # its weights in the node's cache
     load_seconds: float = 0.0
+
+    @property
+    def can_sleep(self) -> bool:
+        return True
 
     @property
     def num_blocks(self) -> int:
@@ -174,6 +179,7 @@ class Loader:
         self._preloaded = False
         self._ready_age = 0.0  # of the process when its libraries were ready, seconds
         self.weights: WeightCache | None = None
+        self._ranks: WarmRanks | None = None
 
     def preload(self) -> None:
         """Imports the libraries, readies the device. Blocks; repeatable, from any thread.
@@ -196,6 +202,10 @@ class Loader:
             self.weights = self._weight_cache()
             if self.weights is not None and self._settings.weights_reserve_bytes:
                 self.weights.reserve(self._settings.weights_reserve_bytes)
+            if self._settings.tensor_parallel > 1:
+                from flowserve.executor.ranks import WarmRanks
+
+                self._ranks = WarmRanks(self._settings.device, self._settings.tensor_parallel - 1)
             self._ready_age = process_age()
             gc.collect()
             gc.freeze()  # what was imported is never garbage: collections need not look at it again
@@ -274,10 +284,10 @@ class Loader:
         from kvtransfer.pool import PoolError
 
         settings = self._settings
-        if spec.tensor_parallel not in (0, settings.tensor_parallel):
+        if spec.tensor_parallel > settings.tensor_parallel:
             raise LoadFailed(
                 LoadReason.UNSUPPORTED,
-                f"tensor_parallel {spec.tensor_parallel}: this executor has {settings.tensor_parallel}",
+                f"tensor_parallel {spec.tensor_parallel}: this executor has {settings.tensor_parallel} ranks",
             )
         try:
             executor = open_executor(
@@ -291,7 +301,8 @@ class Loader:
                 max_model_len=spec.max_model_len or None,
                 threads=settings.threads,
                 quantization=spec.quantization,
-                tensor_parallel=settings.tensor_parallel,
+                tensor_parallel=spec.tensor_parallel or settings.tensor_parallel,
+                ranks=self._ranks,
                 weights=self.weights,
                 feed=self._feed(spec),
             )

@@ -34,8 +34,9 @@ from flowserve.shell import convert, health, metrics, watchdog
 from flowserve.shell.forks import Forks
 from flowserve.shell.handover import Handover
 from flowserve.shell.lifecycle import Lifecycle, State
-from flowserve.shell.loading import Loader, Model
+from flowserve.shell.loading import Loader
 from flowserve.shell.registry import Registry
+from flowserve.shell.served import ServedModel
 from flowserve.shell.service import Identity, TaskExecutorService
 from flowserve.shell.settings import Endpoint, Settings
 from flowserve.shell.start import process_age
@@ -52,6 +53,7 @@ from kvtransfer.tls import Tls
 
 if TYPE_CHECKING:
     from flowserve.models.weight_cache import Named, WeightCache
+    from flowserve.vllm.loading import VllmLoader
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ class TaskExecutorProcess:
             lend=self._lend,
             images=self._forks.images,
         )
-        self._loader = Loader(settings, self._handover, self._on_event, self._forks)
+        self._loader = self._make_loader()
         self._registry: Registry | None = None
         self.lifecycle = Lifecycle(
             self._loader,
@@ -149,11 +151,20 @@ class TaskExecutorProcess:
         with contextlib.suppress(RuntimeError):  # the loop has ended: so have the streams
             self._loop.call_soon_threadsafe(self.streams.dispatch, event)
 
-    def _on_model(self, model: Model) -> None:
+    def _on_model(self, model: ServedModel) -> None:
         self._handover.attach(model.engine)
-        self._kv_service.attach_store(model.store)
-        self._receiver.attach_store(model.store)
+        if model.store is not None:
+            self._kv_service.attach_store(model.store)
+            self._receiver.attach_store(model.store)
         self.streams.restart_kv("load")
+
+    def _make_loader(self) -> Loader | VllmLoader:
+        settings = self._settings
+        if settings.engine == "vllm":
+            from flowserve.vllm.loading import VllmLoader
+
+            return VllmLoader(settings, self._on_event)
+        return Loader(settings, self._handover, self._on_event, self._forks)
 
     async def _on_sleep(self) -> None:
         """Nothing of the model's pool is held when this returns; peers that mapped it notice that it ends."""
@@ -210,7 +221,9 @@ class TaskExecutorProcess:
             metrics_url=self._metrics_url,
             tasks_address=self._tasks_address,
             message=lifecycle.message,
-            weight_cache=settings.weights_dir is not None and settings.tensor_parallel == 1,
+            weight_cache=settings.weights_dir is not None
+            and settings.tensor_parallel == 1
+            and settings.engine == "flowserve",
             asleep=lifecycle.sleepers.revisions,
             preloaded=lifecycle.preloaded,
         )

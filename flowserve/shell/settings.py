@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvtransfer import tls as tls_files
 from kvtransfer.images import DEFAULT_BUSY_RATE
@@ -74,6 +76,8 @@ class Settings:
     weights_reserve_bytes: int = 0
     feed_bytes_per_second: int = DEFAULT_BUSY_RATE
     max_asleep: int = DEFAULT_MAX_ASLEEP
+    engine: str = "flowserve"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
     compact_call_us: float = 0.0
     block_tokens: int = 16
     max_tasks: int = 256
@@ -138,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--endpoint-file", type=Path, help="JSON with the address, written when serving")
     add("--redis-url", default="", help="registry (default: $REDIS_URL); none = not registered")
     add("--role", default="colocated", choices=("colocated", "prefill", "decode"))
+    add("--engine", default="flowserve", choices=("flowserve", "vllm"), help="what runs the model")
+    add("--engine-args", default="", help="JSON of further arguments of vLLM's engine (AsyncEngineArgs)")
     add("--device", default="cpu", help="cpu, cuda[:N], npu[:N]")
     add("--tensor-parallel", type=int, default=1, help="ranks that share each model, a device each")
     add("--threads", type=int, default=0, help="compute threads (default: the cores it may use)")
@@ -182,6 +188,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _engine_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Raises SettingsError."""
+    if not args.engine_args:
+        return {}
+    if args.engine != "vllm":
+        raise SettingsError("--engine-args are vLLM's: give --engine vllm too")
+    try:
+        value = json.loads(args.engine_args)
+    except ValueError as error:
+        raise SettingsError(f"--engine-args is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise SettingsError("--engine-args must be a JSON object")
+    return value
+
+
 def _beside(text: str, listen: Endpoint) -> Endpoint | None:
     """A plain socket beside the gRPC server: `text`, or its host and any port. Raises ValueError."""
     if text == "off":
@@ -223,6 +244,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         raise SettingsError("--weights-reserve-bytes must lie between 0 and --weights-bytes")
     if args.feed_bytes_per_second < 0:
         raise SettingsError("--feed-bytes-per-second must not be negative")
+    engine_args = _engine_args(args)
     if args.max_asleep < 1:
         raise SettingsError("--max-asleep must be 1 or more: a Sleep keeps the model that was awake")
     if not 0 <= args.compact_call_us <= MAX_CALL_US:
@@ -277,6 +299,8 @@ def parse(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
         weights_reserve_bytes=args.weights_reserve_bytes,
         feed_bytes_per_second=args.feed_bytes_per_second,
         max_asleep=args.max_asleep,
+        engine=args.engine,
+        engine_args=engine_args,
         compact_call_us=args.compact_call_us,
         block_tokens=args.block_tokens,
         max_tasks=args.max_tasks,

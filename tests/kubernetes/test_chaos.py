@@ -180,3 +180,30 @@ async def test_a_leader_that_loses_its_lease_ends(emulated: World) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(task, 10)
     assert task.done() and process.operator is None
+
+
+async def test_sixty_four_claims_at_once(emulated: World) -> None:
+    """Of one model: each pod is claimed once and loads once, fed in a tree; deleted, nothing is left."""
+    world, count = emulated, 64
+    claims = once_claimed(world)
+    world.kubelet.configure = lambda name, te: setattr(te, "load_seconds", 0.5)
+    async with world.operator():
+        await world.pool(size=count, maxPods=count + 2)
+        await world.until_warm(count)
+        await world.serving(roles={"colocated": {"min": count, "max": count}})
+        pods = await world.until_serving(count)
+        assert len(claims) == count and all(len(claimants) == 1 for claimants in claims.values())
+        tes = [world.te(pod) for pod in pods]
+        assert {te.loads for te in tes} == {1}
+        fed = [[source.te_id for source in te.requests[-1].fork_from] for te in tes]
+        assert max(map(len, fed)) <= 8 and sum(map(bool, fed)) >= count - 2  # who is first has nobody to ask
+        first = [sources[0] for sources in fed if sources]
+        assert len(set(first)) >= count // 4, "one source is asked by too many"
+        await world.api.delete(MODEL_SERVINGS, world.namespace, "m")
+
+        async def gone() -> bool:
+            return not await world.pods(model_serving="m")
+
+        await world.until(gone, why="every executor has left")
+        await world.until_warm(count)
+        assert len(await world.pods()) == count

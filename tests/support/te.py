@@ -50,10 +50,11 @@ class TaskExecutor:
         options: Sequence[str] = (),
         env: dict[str, str] | None = None,
         program: Sequence[str] = ("-m", "flowserve.shell"),
+        python: Path | str = sys.executable,
         tls: Tls | None = None,
     ) -> None:
         """`folder` takes endpoint file and log. `options` are further arguments of the shell; `program`
-        is what Python runs (a test may wrap the shell)."""
+        is what `python` runs (a test may wrap the shell)."""
         self.te_id = te_id
         self.token = token
         self.tls = tls
@@ -61,7 +62,7 @@ class TaskExecutor:
         self._endpoint = folder / f"{te_id}.json"
         self.log = folder / f"{te_id}.log"
         self._command = [
-            *(sys.executable, *program, "--te-id", te_id, "--listen", "127.0.0.1:0"),
+            *(str(python), *program, "--te-id", te_id, "--listen", "127.0.0.1:0"),
             *("--endpoint-file", str(self._endpoint), "--role", role, "--threads", "1"),
             *(("--redis-url", redis_url) if redis_url else ()),
             *(("--shm-dir", str(shm_dir)) if shm_dir is not None else ()),
@@ -143,6 +144,7 @@ class TaskExecutor:
         dtype: str = "float32",
         kv_cache_bytes: int = KV_BYTES,
         max_model_len: int = 0,
+        tensor_parallel: int = 0,
         fork_from: Sequence[TaskExecutor] = (),
         timeout: float = 120.0,
     ) -> worker_pb2.LoadModelResponse:
@@ -152,6 +154,7 @@ class TaskExecutor:
             dtype=dtype,
             kv_cache_bytes=kv_cache_bytes,
             max_model_len=max_model_len,
+            tensor_parallel=tensor_parallel,
             fork_from=[
                 worker_pb2.WeightPeer(te_id=te.te_id, incarnation=te.incarnation, address=te.address)
                 for te in fork_from

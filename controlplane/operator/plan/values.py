@@ -34,6 +34,7 @@ class Te:
     revision: str = ""
     tasks: int = 0
     transfers: int = 0
+    start_path: str = ""  # of the model it serves: cold, warm, hot, fork, wake
     hung: bool = False  # its step loop stands still with work to do
     silent_since: float | None = None  # first call without an answer since the last with one
     message: str = ""

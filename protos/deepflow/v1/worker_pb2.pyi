@@ -573,7 +573,7 @@ class LoadModelRequest(_message.Message):
     max_model_len: _builtins.int
     """0 = the model's own"""
     tensor_parallel: _builtins.int
-    """ranks; 0 = as many as the executor has, another number than that is refused"""
+    """ranks; 0 = as many as the executor has, more than that are refused"""
     quantization: _builtins.str
     """"" | "int8" | "int4"; part of what model_revision names, as its KV differs"""
     decided_unix_ms: _builtins.int

@@ -78,11 +78,36 @@ async def test_kv_travels_between_three_ranks_and_one_and_a_lost_rank_ends_the_e
         await gone(left)
 
 
+async def test_warm_ranks_take_a_model_over_as_many_of_them_as_it_is_given(
+    small_model_path: Path, folder: Path
+) -> None:
+    async with executor("te-3", folder, options=("--tensor-parallel", "3")) as te:
+        async with asyncio.timeout(60):
+            while len(ranks_of(te)) < 2:  # they wait, before there is a model
+                await asyncio.sleep(0.05)
+        waiting = {process.pid for process in ranks_of(te)}
+        tokens = []
+        for degree in (1, 3):
+            revision = f"{REVISION}-{degree}"
+            await te.load(small_model_path, revision, kv_cache_bytes=KV_BYTES, tensor_parallel=degree)
+            async with te.connect() as client:
+                run = await client.generate(PROMPT, revision=revision, max_tokens=TOKENS)
+            assert run.error is None
+            tokens.append(run.tokens)
+            assert {process.pid for process in ranks_of(te)} == waiting
+            await te.settled()
+            await te.sleep()
+        assert tokens[0] == tokens[1]
+        ranks = ranks_of(te)
+        assert await te.stop() == 0
+        await gone(ranks)
+
+
 @pytest.mark.slow
 async def test_ranks_end_with_their_executor_however_it_ends(small_model_path: Path, folder: Path) -> None:
     async with executor("te-3", folder, options=("--tensor-parallel", "3")) as te:
         request = worker_pb2.LoadModelRequest(
-            model_revision=REVISION, path=str(small_model_path), tensor_parallel=2
+            model_revision=REVISION, path=str(small_model_path), tensor_parallel=4
         )
         async with te.stub() as stub:
             with pytest.raises(grpc.aio.AioRpcError, match="this executor has 3") as refused:

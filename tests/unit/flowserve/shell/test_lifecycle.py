@@ -43,6 +43,7 @@ class FakeModel:
     closed: bool = False
     falls: threading.Event = field(default_factory=threading.Event)  # set: falling asleep does not hang
     stuck: bool = False
+    can_sleep: bool = True
 
     def close(self) -> bool:
         self.closed = True
@@ -371,6 +372,16 @@ async def test_a_drain_ends_a_sleep_that_waits() -> None:
     with pytest.raises(Refused):
         await sleep
     assert life.state is State.DRAINING and life.model is not None
+
+
+async def test_an_engine_whose_models_do_not_sleep_serves_on() -> None:
+    loads = Loads()
+    life = make(loads)
+    await life.load_model(SPEC)
+    loads.models[0].can_sleep = False
+    with pytest.raises(Refused) as refused:
+        await life.sleep(1)
+    assert refused.value.refusal is Refusal.INVALID and life.accepts("model@1") is None
 
 
 async def test_what_cannot_be_put_to_sleep_is_given_up() -> None:

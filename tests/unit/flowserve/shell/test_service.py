@@ -94,6 +94,8 @@ class FakeModel:
         self.load_seconds = 0.0
         self.start = Start("warm", {"te_load": 0.1}, 1.0)
 
+        self.can_sleep = True
+
     def sleep(self) -> FakeModel:
         return self
 
