@@ -3,9 +3,11 @@
 #   docker build -f charts/images/worker.Dockerfile --target cuda -t deepflow/worker-cuda:0.1.0 .
 #   docker build -f charts/images/worker.Dockerfile --target npu  -t deepflow/worker-npu:0.1.0 \
 #     --build-arg CANN=quay.io/ascend/cann:8.2.rc1-910b-ubuntu22.04-py3.11 --build-arg TORCH=2.7.1 --build-arg TORCH_NPU=2.7.1 .
+#   docker build -f charts/images/worker.Dockerfile --target vllm -t deepflow/worker-vllm:0.1.0 .
 # 910C takes the CANN image of its own (…-a3-…). pip stays: the fetcher of `pypi://` models runs it.
 
 ARG CANN=quay.io/ascend/cann:8.2.rc1-910b-ubuntu22.04-py3.11
+ARG VLLM=vllm/vllm-openai:v0.32.0
 
 FROM debian:12-slim AS sources
 WORKDIR /src
@@ -68,4 +70,20 @@ RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
 WORKDIR /
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
 USER 65532:65532
+CMD ["python", "-P", "-m", "flowserve.shell", "--help"]
+
+# -- vllm: on vLLM's own image, whose torch and CUDA stay as they are; pools with `engine: vllm` -----------
+FROM ${VLLM} AS vllm
+USER root
+COPY --from=sources /src /src
+WORKDIR /src
+RUN python3 charts/images/requirements.py control > /tmp/requirements.txt \
+    && python3 -m pip install --no-cache-dir -r /tmp/requirements.txt \
+    && python3 -m pip install --no-cache-dir --no-deps . \
+    && ln -sf "$(command -v python3)" /usr/local/bin/python \
+    && rm -rf /src /tmp/requirements.txt
+WORKDIR /
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp VLLM_NO_USAGE_STATS=1
+USER 65532:65532
+ENTRYPOINT []
 CMD ["python", "-P", "-m", "flowserve.shell", "--help"]

@@ -29,7 +29,7 @@ from controlplane.kube.resources import (
 from controlplane.operator.executors import Address, Executors
 from controlplane.operator.plan.claim import Want
 from controlplane.operator.plan.values import Pod, Te
-from controlplane.operator.pods import EXECUTOR_SELECTOR, read_pod, te_id
+from controlplane.operator.pods import EXECUTOR_SELECTOR, profile, read_pod, te_id
 from controlplane.operator.scalers import ScalingState
 from controlplane.operator.settings import OperatorSettings
 
@@ -165,10 +165,15 @@ class Cluster:
         found = self.pods.by("pool", f"{key[0]}/{key[1]}")
         return [pod for obj in found if (pod := self.pod(obj)) is not None]
 
-    def pools_of(self, namespace: str, accelerator: str) -> list[Json]:
-        """Pools of the profile, by name."""
+    def pools_of(self, namespace: str, wanted: str) -> list[Json]:
+        """Pools of the profile (`pods.profile`), by name."""
         found = self.pools.by("namespace", namespace)
-        mine = [obj for obj in found if obj["spec"].get("accelerator") == accelerator]
+        mine = [
+            obj
+            for obj in found
+            if profile(str(obj["spec"].get("accelerator")), str(obj["spec"].get("engine") or "flowserve"))
+            == wanted
+        ]
         return sorted(mine, key=lambda obj: str(obj["metadata"]["name"]))
 
     def scaler(self, key: Key, role: Role) -> Json | None:

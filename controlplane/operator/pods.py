@@ -74,6 +74,12 @@ def te_id(namespace: str, name: str) -> str:
     return f"{namespace}.{name}"
 
 
+def profile(accelerator: str, engine: str) -> str:
+    """What executors must offer to serve a ModelServing, as one name: the accelerator profile, and the engine
+    where it is not FlowServe."""
+    return accelerator if engine == "flowserve" else f"{accelerator}+{engine}"
+
+
 def secret_env(name: str, reference: str) -> list[Json]:
     """An environment variable out of "SECRET/KEY"; none for ""."""
     secret, _, key = reference.partition("/")
@@ -113,6 +119,8 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
     # What kernels are compiled to, by source, version and device: a pod on the same volume need not again.
     kernels = {"name": "TRITON_CACHE_DIR", "value": f"{CACHE_PATH}/compiled"}
     compiled = [] if spec.device == "cpu" else [kernels]
+    if spec.engine == "vllm":
+        compiled.append({"name": "VLLM_CACHE_ROOT", "value": f"{CACHE_PATH}/compiled/vllm"})
     executor: Json = {
         "name": CONTAINER_EXECUTOR,
         "image": spec.image,
@@ -125,6 +133,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
             *("--tasks-listen", f"0.0.0.0:{PORT_TASKS}"),
             *(("--health-listen", f"0.0.0.0:{PORT_HEALTH}") if tls_secret else ()),
             *("--tensor-parallel", str(spec.tensor_parallel), "--threads", str(spec.threads)),
+            *(("--engine", spec.engine) if spec.engine != "flowserve" else ()),
             *weights_options(pool, weights),
             *("--drain-seconds", str(max(1, grace - DRAIN_MARGIN_SECONDS)), *spec.args),
         ],
@@ -200,7 +209,7 @@ def pod_spec(pool: WarmPool, *, token_secret: str, redis_secret: str, tls_secret
 def weights_bytes(pool: WarmPool) -> int:
     """Bound of the memory for weights; 0: the pods have none. Ranks of one executor share none."""
     spec = pool.spec
-    if spec.tensor_parallel > 1:
+    if spec.tensor_parallel > 1 or spec.engine != "flowserve":
         return 0
     if spec.weights.size_limit is not None:
         return parse_quantity(spec.weights.size_limit)

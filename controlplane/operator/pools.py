@@ -29,7 +29,7 @@ from controlplane.operator.plan import plan_pool
 from controlplane.operator.plan.pool import HOLD_SECONDS
 from controlplane.operator.plan.status import Said, pool_condition
 from controlplane.operator.plan.values import Create, Delete, Pod, Pool
-from controlplane.operator.pods import hash_of, template_of, warm_pod
+from controlplane.operator.pods import hash_of, profile, template_of, warm_pod
 from controlplane.operator.statuses import conditions_of, write_status
 
 CREATES_AT_ONCE = 16
@@ -69,7 +69,7 @@ class PoolController:
             size=pool.spec.size,
             max_pods=pool.spec.max_pods,
             template_hash=hash_of(spec),
-            accelerator=pool.spec.accelerator,
+            accelerator=profile(pool.spec.accelerator, pool.spec.engine),
             missing=self._missing(key, pool),
             hold_until=until,
             deleting=pool.metadata.deletion_timestamp is not None,
@@ -108,7 +108,7 @@ class PoolController:
 
     def _missing(self, key: Key, pool: WarmPool) -> int:
         """This pool's part of what ModelServings of its profile lack: the first pool by name with room."""
-        accelerator = pool.spec.accelerator
+        accelerator = profile(pool.spec.accelerator, pool.spec.engine)
         total = sum(
             want.missing
             for other, want in self._cluster.wants.items()

@@ -35,7 +35,7 @@ from controlplane.kube.resources import MODEL_SERVINGS, ROLE_SCALERS, Json, Key,
 from controlplane.operator import metrics, scalers
 from controlplane.operator.cluster import Cluster
 from controlplane.operator.plan.values import Pod, TeState
-from controlplane.operator.pods import format_time
+from controlplane.operator.pods import format_time, profile
 from controlplane.operator.scalers import ScalingState
 from controlplane.scheduling.types import ExecutorView
 from controlplane.scheduling.types import Role as TaskRole
@@ -278,7 +278,9 @@ class ScalingLoop:
     def _warm(self, key: Key, serving: ModelServing) -> bool:
         return any(
             pod.state is PodState.WARM and pod.ready
-            for pool in self._cluster.pools_of(key[0], serving.spec.accelerator)
+            for pool in self._cluster.pools_of(
+                key[0], profile(serving.spec.accelerator, serving.spec.engine.value)
+            )
             for pod in self._cluster.warm_pods((key[0], pool["metadata"]["name"]))
         )
 

@@ -40,7 +40,7 @@ from controlplane.operator.plan import plan_serving
 from controlplane.operator.plan.claim import Want, claimable, fastest, share
 from controlplane.operator.plan.status import Facts, conditions, summary
 from controlplane.operator.plan.values import Claim, Plan, Pod, Serving
-from controlplane.operator.pods import hash_of, load_hash, template_of
+from controlplane.operator.pods import hash_of, load_hash, profile, template_of
 from controlplane.operator.statuses import conditions_of, write_status
 
 LOST_SECONDS = 60.0
@@ -104,7 +104,7 @@ class ServingController:
     ) -> tuple[Plan, dict[Role, int], list[Pod]]:
         """Also notes what is lacked and reserves what will be claimed, before anything is awaited."""
         cluster, now = self._cluster, self._wall()
-        accelerator = serving.spec.accelerator
+        accelerator = profile(serving.spec.accelerator, serving.spec.engine.value)
         want = {} if deleting else self._want(key, serving)
         pods = cluster.pods_of_serving(key)
         pools = cluster.pools_of(key[0], accelerator)
@@ -166,9 +166,12 @@ class ServingController:
 
     def _refusal(self, key: Key, serving: ModelServing) -> tuple[Reason, str] | None:
         """Why it cannot be served at all."""
-        if serving.spec.engine is Engine.VLLM:
-            return Reason.ENGINE_UNAVAILABLE, "Engine vllm is not available in this version."
-        if not self._cluster.pools_of(key[0], serving.spec.accelerator):
+        spec, engine = serving.spec, serving.spec.engine
+        if not self._cluster.pools_of(key[0], profile(spec.accelerator, engine.value)):
+            others = [one for one in Engine if one is not engine]
+            if any(self._cluster.pools_of(key[0], profile(spec.accelerator, one.value)) for one in others):
+                words = f"No WarmPool of the profile {spec.accelerator} runs engine {engine.value}."
+                return Reason.ENGINE_UNAVAILABLE, words
             return Reason.PROFILE_UNKNOWN, f"No WarmPool here offers the profile {serving.spec.accelerator}."
         born = serving.metadata.creation_timestamp
         mine = (born.isoformat() if born is not None else "", serving.metadata.uid)
@@ -296,7 +299,9 @@ class ServingController:
         generation = serving.metadata.generation
         pool_pods = [
             pod
-            for pool in cluster.pools_of(key[0], serving.spec.accelerator)
+            for pool in cluster.pools_of(
+                key[0], profile(serving.spec.accelerator, serving.spec.engine.value)
+            )
             for pod in cluster.warm_pods((key[0], pool["metadata"]["name"]))
         ] if plan.missing else []  # fmt: skip
         errors = [pod.load_error for pod in pods if pod.load_error and not pod.serves]

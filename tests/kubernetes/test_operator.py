@@ -282,6 +282,21 @@ async def test_without_a_pool_of_its_profile_it_says_so(world: World) -> None:
         await world.until_ready("Serving")
 
 
+async def test_a_model_takes_pods_of_its_own_engine(world: World) -> None:
+    async with world.operator():
+        await world.pool(size=1)
+        await world.serving(engine="vllm", roles={"colocated": {"min": 1, "max": 1}})
+        await world.until_ready("EngineUnavailable")
+        assert not await world.pods(model_serving="m")
+        await world.pool("vllm", size=1, engine="vllm")
+        (pod,) = await world.until_serving(1)
+        assert pod["metadata"]["labels"]["deepflow.dev/warm-pool"] == "vllm"
+        args = next(c for c in pod["spec"]["containers"] if c["name"] == "executor")["args"]
+        assert args[args.index("--engine") + 1] == "vllm" and "--weights-dir" not in args
+        (other,) = await world.pods(warm_pool="cpu")
+        assert other["metadata"]["labels"]["deepflow.dev/state"] == "warm"
+
+
 async def test_two_models_of_one_name_are_not_both_served(world: World) -> None:
     async with world.operator():
         await world.pool(size=2)

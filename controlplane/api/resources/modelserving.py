@@ -401,6 +401,14 @@ class ModelServing(Resource):
                 "engine vllm serves colocated only",
             ),
             (
+                "self.engine != 'vllm' || self.options.quantization == 'none'",
+                "quantization is flowserve's: vllm reads the model's own",
+            ),
+            (
+                "self.engine != 'vllm' || self.scaling.sleepSeconds == 0",
+                "executors of engine vllm do not sleep: sleepSeconds must be 0",
+            ),
+            (
                 "self.scaling.scaleToZeroAfterSeconds == 0 || "
                 "((!has(self.roles.colocated) || self.roles.colocated.min == 0) && "
                 "(!has(self.roles.prefill) || self.roles.prefill.min == 0) && "

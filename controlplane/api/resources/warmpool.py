@@ -109,6 +109,12 @@ class WarmPoolSpec(Part):
         max_length=40,
         json_schema_extra=rules(("self == oldSelf", "accelerator cannot be changed: make another pool")),
     )
+    engine: Literal["flowserve", "vllm"] = Field(
+        default="flowserve",
+        description="What the executors run models with; `image` must hold it. ModelServings take pods of "
+        "their own engine.",
+        json_schema_extra=rules(("self == oldSelf", "engine cannot be changed: make another pool")),
+    )
     size: int = Field(
         default=1, ge=0, le=MAX_POOL, description="Warm pods to keep; those that were claimed do not count."
     )

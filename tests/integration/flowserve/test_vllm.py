@@ -25,6 +25,7 @@ from tests.support.worker_client import greedy
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(600)]
 REVISION = "model@vllm"
 PROMPT = [(97 * i * i + 31 * i) % 40_000 + 500 for i in range(60)]
+LONG = [(89 * i * i + 37 * i) % 40_000 + 500 for i in range(300)]
 START_SECONDS = 300.0
 PROGRAM = (
     "import runpy, sys; sys.path.append({path!r}); sys.argv[0] = 'flowserve.shell'; "
@@ -82,9 +83,15 @@ async def test_whole_requests_are_served(te: TaskExecutor) -> None:
             PROMPT[:40], revision=REVISION, max_tokens=12, output=runs[0].tokens[:5],
             sampling=greedy(ignore_eos=True),
         )  # fmt: skip
+        long = [
+            await client.generate(LONG, revision=REVISION, max_tokens=2, sampling=greedy(logprobs=2))
+            for _ in range(2)
+        ]
     assert all(run.error is None and len(run.tokens) == 12 for run in runs)
     assert all(run.finish == common_pb2.FINISH_REASON_LENGTH for run in runs)
-    assert again.tokens == runs[0].tokens and again.cached_tokens > 0
+    assert again.tokens == runs[0].tokens
+    assert long[1].tokens == long[0].tokens
+    assert (long[0].cached_tokens, long[1].cached_tokens) == (0, 256)  # blocks of 128 tokens on the CPU
     assert replay.tokens == runs[0].tokens[5:]
     status = await te.settled()
     assert status.tasks == 0 and status.load.kv_blocks_total == record.kv_blocks

@@ -48,6 +48,10 @@ def test_refuses_a_wildcard_that_peers_could_not_reach() -> None:
         ["--te-id", "te-0", "--metrics-listen", ":1"],
         ["--te-id", "te-0", "--max-tasks", "0"],
         ["--te-id", "te-0", "--threads", "-1"],
+        ["--te-id", "te-0", "--max-asleep", "0"],
+        ["--te-id", "te-0", "--engine-args", "{}"],
+        ["--te-id", "te-0", "--engine", "vllm", "--engine-args", "{"],
+        ["--te-id", "te-0", "--engine", "vllm", "--engine-args", "[]"],
         ["--te-id", "te-0", "--lease-seconds", "nan"],
         ["--te-id", "te-0", "--watchdog-seconds", "0"],
         ["--te-id", "te-0", "--max-running", "600"],
@@ -58,6 +62,12 @@ def test_refuses_a_wildcard_that_peers_could_not_reach() -> None:
 def test_refuses_values_that_make_no_sense(argv: list[str]) -> None:
     with pytest.raises(SettingsError):
         parse(argv, TOKEN)
+
+
+def test_arguments_of_vllms_engine_are_json() -> None:
+    argv = ["--te-id", "te-0", "--engine", "vllm", "--engine-args", '{"enforce_eager": true}']
+    settings = parse(argv, {})
+    assert settings.engine == "vllm" and settings.engine_args == {"enforce_eager": True}
 
 
 def test_endpoints_read_and_write_alike() -> None:
