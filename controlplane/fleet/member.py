@@ -44,7 +44,7 @@ class Member:
         self.load: common_pb2.LoadReport | None = None
         self.load_at = 0.0
         self.listed = True  # in the registry at its last read
-        self._routed = ""  # the model whose start was told
+        self._routed = ("", 0)  # the model and the time of the start that was told
         self._unreported: dict[tuple[str, int], Unreported] = {}
 
     @property
@@ -72,9 +72,10 @@ class Member:
         now and its start was later than `since_unix` (Scaler-Post of DeepServe's five steps). Clocks of two
         hosts may differ: what lies ahead of us counts as now."""
         revision, ready = self.record.model_revision, self.record.ready_unix_ms / 1000
-        if not self.serves or not revision or self._routed == revision or ready < since_unix:
+        start = (revision, self.record.ready_unix_ms)
+        if not self.serves or not revision or self._routed == start or ready < since_unix:
             return None
-        self._routed = revision
+        self._routed = start
         return max(0.0, now_unix - ready)
 
     def submitted(self, key: tuple[str, int], unreported: Unreported) -> None:

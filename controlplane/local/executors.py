@@ -237,8 +237,8 @@ class Executor:
             return self.child.kill(f"its step loop stood still for {load.age_seconds:.0f} s")
         if load.role != ROLES[self.role] or load.role_epoch != self._epoch:
             await self._send_role(stub, load.role_epoch)
-        if record.state == worker_pb2.EXECUTOR_STATE_WARM:
-            self._set_ready(False, "loads its model")
+        if record.state in (worker_pb2.EXECUTOR_STATE_WARM, worker_pb2.EXECUTOR_STATE_SLEEPING):
+            self._set_ready(False, "loads its model")  # or wakes it: somebody put it to sleep by hand
             await self._send_model(stub, target)
         elif record.state == worker_pb2.EXECUTOR_STATE_READY and record.model_revision == target.revision:
             self._set_ready(True, "")
@@ -277,7 +277,7 @@ class Executor:
 
     async def _drain(self, stub: worker_pb2_grpc.TaskExecutorAsyncStub, state: int) -> None:
         self._set_ready(False, "leaves: less load")
-        if state == worker_pb2.EXECUTOR_STATE_READY:
+        if state in (worker_pb2.EXECUTOR_STATE_READY, worker_pb2.EXECUTOR_STATE_SLEEPING):
             request = worker_pb2.DrainRequest(timeout_ms=1, exit=False)
             await stub.Drain(request, metadata=self._metadata, timeout=STATUS_TIMEOUT_SECONDS)
 

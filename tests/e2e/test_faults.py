@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from deepflow.v1 import worker_pb2
 
+from kvtransfer.auth import call_metadata
 from tests.support.http_client import StreamRun, stream
 from tests.support.stack import MODEL, Stack, until
 
@@ -106,6 +108,24 @@ async def test_decode_executor_killed_mid_stream(stack_float32: Stack) -> None:
         stack_float32.kill(stack_float32.executor("decode")["te_id"])
 
     await disturbed(stack_float32, hurt, chat())
+
+
+async def test_an_executor_that_somebody_puts_to_sleep_is_woken(stack_float32: Stack) -> None:
+    stack = stack_float32
+    await stack.wait_ready()
+    want = await answered(stack, chat())
+    te = stack.executor("decode")
+    async with stack.client(te) as client:
+        slept = await client.stub.Sleep(
+            worker_pb2.SleepRequest(timeout_ms=10_000), metadata=call_metadata(stack.token), timeout=20
+        )
+    assert slept.model_revision == stack.revision
+    assert await answered(stack, chat()) == want  # by the other, or by this one once it is awake
+    await stack.wait_ready()
+    status = (await stack.executor_status())[te["te_id"]]
+    assert status.record.start_path == "wake" and not status.record.asleep
+    assert await answered(stack, chat()) == want
+    await stack.wait_clean()
 
 
 async def test_prefill_executor_killed_mid_prefill(stack_float32: Stack) -> None:

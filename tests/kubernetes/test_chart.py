@@ -411,7 +411,10 @@ def test_every_field_of_a_pool_can_be_set(render: Render) -> None:
         ({"gatewy": {}}, "gatewy"),
         ({"valkey": {"enabled": False}}, "no Valkey and no Redis"),
         ({"redis": {"existingSecret": "a"}}, "set valkey.enabled to false"),
-        ({"warmPools": [{"name": "a", "profile": "tpu"}]}, "has ascend-910b, ascend-910c, cpu, nvidia, nvidia-vllm"),
+        (
+            {"warmPools": [{"name": "a", "profile": "tpu"}]},
+            "has ascend-910b, ascend-910c, cpu, nvidia, nvidia-vllm",
+        ),
         ({"warmPools": [{"name": "a", "profile": "cpu"}] * 2}, "two are named a"),
         ({"warmPools": [{"name": "A", "profile": "cpu"}]}, "pattern"),
         ({"metrics": {"serviceMonitor": {"enabled": True}}}, "gateway.openMetrics"),

@@ -100,6 +100,8 @@ def test_when_it_can_be_sent_to_is_told_once_a_start() -> None:
     assert te.reached(101.0, since_unix=50.0) is None
     te.record.model_revision, te.record.ready_unix_ms = "n@1", 102_000
     assert te.reached(101.9, since_unix=50.0) == 0.0  # its clock is ahead
+    te.record.ready_unix_ms += 60_000  # it slept and woke: another start of the same model
+    assert te.reached(163.0, since_unix=50.0) == 1.0
 
 
 def test_how_it_started_is_shown() -> None:
